@@ -1,0 +1,1 @@
+"""Measurements that anyone can run again, with the results that we got."""

@@ -1,0 +1,105 @@
+"""From the command line's values to files on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.voc2007 import fetch, figures, report, tables
+from benchmarks.voc2007.options import Network, Options
+from benchmarks.voc2007.run import open_study, run
+from featxfer import Degradation, Recipe
+from featxfer._files import write_atomic
+
+DEMO_BACKBONE = "tf_efficientnet_lite0"
+
+
+def run_command(given: Mapping[str, Any]) -> None:
+    """Runs the benchmark, writes its files and prints its tables, or its JSON."""
+    options = parse(given)
+    if options.figures:
+        figures.require_matplotlib()
+    start = time.perf_counter()
+    study = open_study(options)
+    agreement = study.transfer.diagnostics(options.clusters, 0)["agreement"]
+    click.echo(f"nearest and paired pseudo-labels agree for {100 * agreement:.1f}%", err=True)
+    results = run(study)
+    results["seconds"] = time.perf_counter() - start
+    pictures = figures.draw(study, results) if options.figures else {}
+    files = {
+        "results.json": json.dumps(results, indent=1) + "\n",
+        "tables.txt": tables.render(results),
+        "report.html": report.render(results, pictures),
+    }
+    for name, text in files.items():
+        write_atomic(options.out / name, text.encode())
+    for name, data in pictures.items():
+        write_atomic(options.out / "figures" / name, data)
+    click.echo(files["results.json" if given["as_json"] else "tables.txt"], nl=False)
+    click.echo(f"\nWrote {', '.join(files)} and {len(pictures)} figures to {options.out}", err=True)
+
+
+def parse(given: Mapping[str, Any]) -> Options:
+    """Checked options; defaults that depend on others are filled in."""
+    cache = given["cache"] or Path(
+        os.environ.get("FEATXFER_CACHE") or Path.home() / ".cache" / "featxfer"
+    )
+    root = find_root(given, cache)
+    weights = given["weights"] or ("demo" if root is None else "pretrained")
+    backbone = given["backbone"] or (DEMO_BACKBONE if weights == "demo" else "resnet101")
+    name = (
+        f"{'sample' if root is None else root.name}-{backbone.replace('/', '-')}-{given['lr_size']}"
+    )
+    return Options(
+        root=root,
+        sample=given["sample"],
+        backbone=backbone,
+        weights=weights,
+        degradation=Degradation(
+            given["hr_size"], given["lr_size"], given["kernel"], given["antialias"], given["order"]
+        ),
+        clusters=given["clusters"],
+        hidden=given["hidden"],
+        labels=given["labels"],
+        seeds=given["seeds"],
+        protocols=tuple(dict.fromkeys(given["protocol"])),
+        ap=given["ap"],
+        network=_network(given),
+        grid=(given["grid_clusters"], given["grid_hidden"]) if given["grid"] else None,
+        figures=given["figures"],
+        out=given["out"] or Path("runs") / "voc2007" / name,
+        cache=cache,
+        on_error=given["on_error"],
+        jobs=given["jobs"],
+    )
+
+
+def find_root(given: Mapping[str, Any], cache: Path) -> Path | None:
+    """The devkit's folder, downloaded or unpacked first if so asked; None for the sample."""
+    chosen = [name for name in ("root", "download", "tar", "sample") if given[name]]
+    if len(chosen) > 1:
+        raise ValueError(f"--{chosen[0]}, --{chosen[1]}: got both, wanted one source of images")
+    if given["download"]:
+        return fetch.download(cache / "voc2007")
+    if given["tar"]:
+        return fetch.unpack(given["tar"], cache / "voc2007-tar")
+    root: Path | None = given["root"]
+    return root
+
+
+def _network(given: Mapping[str, Any]) -> Network:
+    recipe = Recipe(
+        epochs=given["epochs"],
+        batch_size=given["batch_size"],
+        learning_rate=given["learning_rate"],
+        weight_decay=given["weight_decay"],
+    )
+    return Network(
+        given["scaling"], given["standardize"], given["activation"], given["kmeans"], recipe
+    )

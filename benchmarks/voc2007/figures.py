@@ -1,0 +1,134 @@
+"""Pictures of a run as PNG bytes: AP bars, t-SNE as in Figures 1 and 3, HR and LR image pairs."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.voc2007.run import Study
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TSNE_ROWS, TSNE_CLASSES, PAIRS = 1000, 10, 8
+
+
+def require_matplotlib() -> None:
+    """Raises `ImportError` with the line that installs it, before any work is done."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "figures need matplotlib: pip install 'featxfer[plots]', or pass --no-figures"
+        ) from error
+
+
+def draw(study: Study, results: dict[str, Any]) -> dict[str, bytes]:
+    """All pictures by file name."""
+    pictures = {
+        f"ap_{protocol}.png": ap_bars(table, results["data"]["classes"], protocol)
+        for protocol, table in results["table1"].items()
+    }
+    pictures["tsne.png"] = tsne(study)
+    pictures["pairs.png"] = image_pairs(study)
+    return pictures
+
+
+def ap_bars(table: dict[str, Any], classes: list[str], protocol: str) -> bytes:
+    """AP of each class for Baseline-HR, Baseline-LR and the head that was asked for."""
+    shown = list(table.values())[:3]
+    figure = _figure(max(7.0, 0.42 * len(classes)), 3.6)
+    axes = figure.subplots()
+    x = np.arange(len(classes))
+    for i, (entry, colour) in enumerate(zip(shown, ("#9aa5b1", "#d9822b", "#2b6cb0"), strict=True)):
+        axes.bar(
+            x + (i - 1) * 0.28,
+            100 * np.array(entry["ap"]),
+            0.28,
+            color=colour,
+            label=entry["label"],
+        )
+    axes.set_xticks(x, classes, rotation=60, ha="right", fontsize=7)
+    axes.set_xlim(-0.7, len(classes) - 0.3)
+    axes.set_ylabel("AP (%)")
+    axes.set_title(f"Protocol {protocol}", loc="left", fontsize=9)
+    axes.legend(fontsize=7, ncols=3, loc="lower right")
+    return _png(figure)
+
+
+def tsne(study: Study) -> bytes:
+    """HR, LR and transferred LR test features in two dimensions, coloured by class.
+
+    Images of the 10 most frequent classes that have a single class among all; at most 1,000.
+    """
+    from sklearn.manifold import TSNE
+
+    labels = study.data.test.labels == 1
+    rows, colours, names = _single_class_rows(labels, study.data.devkit.classes)
+    features = study.data.test.features
+    head = study.transfer.head(study.sizes, 0)
+    panels = {
+        "HR": features.hr,
+        "LR": features.lr,
+        "LR, transferred": head.transfer(study.transfer.scale(features.lr)),
+    }
+    figure = _figure(10, 3.6)
+    for axes, (title, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        perplexity = min(30.0, (len(rows) - 1) / 3)
+        points = TSNE(perplexity=perplexity, random_state=0).fit_transform(values[rows].numpy())
+        for c, name in enumerate(names):
+            axes.scatter(*points[colours == c].T, s=5, color=f"C{c}", label=name)
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    figure.legend(
+        *axes.get_legend_handles_labels(), fontsize=7, ncols=5, loc="outside lower center"
+    )
+    return _png(figure)
+
+
+def image_pairs(study: Study) -> bytes:
+    """HR views above LR views of images spread over the test split."""
+    degradation = study.options.degradation
+    kept = study.data.test.features.ids
+    chosen = {kept[int(i)] for i in np.linspace(0, len(kept) - 1, min(PAIRS, len(kept)))}
+    images = study.data.devkit.images("test")
+    pixels = [images.read(i) for i, name in enumerate(images.ids) if name in chosen]
+    figure = _figure(1.3 * len(pixels), 2.8)
+    grid = figure.subplots(2, len(pixels), squeeze=False)
+    for column, image in enumerate(pixels):
+        for row, view in enumerate((degradation.hr(image), degradation.lr(image))):
+            grid[row, column].imshow(view.permute(1, 2, 0).numpy())
+            grid[row, column].axis("off")
+    grid[0, 0].set_title("HR", fontsize=8, loc="left")
+    grid[1, 0].set_title(f"LR ({degradation.lr_size} pixels)", fontsize=8, loc="left")
+    return _png(figure)
+
+
+def _single_class_rows(
+    labels: np.ndarray, classes: tuple[str, ...]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Rows with one class, of the most frequent classes; the colour of each; the classes' names."""
+    single = labels.sum(1) == 1
+    frequent = np.argsort(-labels[single].sum(0), kind="stable")[:TSNE_CLASSES]
+    rows = np.flatnonzero(single & labels[:, frequent].any(1))
+    if len(rows) > TSNE_ROWS:
+        rows = np.sort(np.random.default_rng(0).choice(rows, TSNE_ROWS, replace=False))
+    return rows, labels[rows][:, frequent].argmax(1), [classes[c] for c in frequent]
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()

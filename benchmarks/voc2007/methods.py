@@ -1,0 +1,211 @@
+"""The rows of the table: from the HR and LR features of a split to what the SVMs are trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.memo import hash_key
+from benchmarks.voc2007.data import Data
+from benchmarks.voc2007.options import Network
+from featxfer import (
+    Card,
+    Degradation,
+    FeatureTransferHead,
+    PseudoLabelTrainer,
+    centroid_scores,
+    diagnose,
+    kmeans,
+    load_head,
+    pseudo_labels,
+    save_head,
+    scale_features,
+)
+from featxfer.pseudo_labels import Clustering
+
+Pair = tuple[Tensor, Tensor]
+"""Features of the training rows and of the test rows."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The network's sizes and labels: k = N2, N1, "nearest" or "paired"."""
+
+    clusters: int
+    hidden: int
+    labels: str
+
+
+class Transfer:
+    """Trains heads on the LR training features, or reads those that are already trained.
+
+    Args:
+        hr, lr: features `(n, d)` of the training rows.
+        network: what all heads have in common.
+        heads: folder in which trained heads are kept.
+        identity: JSON-shaped; what the features are, for the heads' keys.
+        card: backbone's name, its weights' hash and the degradation, for the heads' cards.
+    """
+
+    def __init__(
+        self,
+        hr: Tensor,
+        lr: Tensor,
+        network: Network,
+        heads: Path,
+        identity: Any,
+        card: tuple[str, str, Degradation],
+    ) -> None:
+        self.network = network
+        self.hr, self.lr = self.scale(hr), self.scale(lr)
+        self._heads, self._identity, self._card = heads, identity, card
+        self._clusterings: dict[tuple[int, int], Clustering] = {}
+
+    def scale(self, features: Tensor) -> Tensor:
+        """The scaling of what k-means and the network see."""
+        return scale_features(features, self.network.scaling)
+
+    def clustering(self, k: int, seed: int) -> Clustering:
+        """k-means of the HR training features."""
+        if (k, seed) not in self._clusterings:
+            self._clusterings[k, seed] = kmeans(self.hr, k, seed=seed, backend=self.network.kmeans)
+        return self._clusterings[k, seed]
+
+    def diagnostics(self, k: int, seed: int) -> dict[str, Any]:
+        """The clusters' sizes and the agreement of nearest and paired labels."""
+        found = diagnose(self.hr, self.lr, self.clustering(k, seed).centroids)
+        return {**found.summary(), "hr_sizes": found.hr_sizes, "lr_sizes": found.lr_sizes}
+
+    def untrained_head(self, sizes: Sizes, seed: int) -> FeatureTransferHead:
+        """A head with the input's statistics and He initialisation, not trained."""
+        head = FeatureTransferHead(
+            self.lr.shape[1],
+            sizes.clusters,
+            sizes.hidden,
+            activation=self.network.activation,
+            seed=seed,
+        )
+        if self.network.standardize:
+            head.set_input_statistics(self.lr)
+        return head
+
+    def head(self, sizes: Sizes, seed: int) -> FeatureTransferHead:
+        """The trained head of these sizes and this seed."""
+        return load_head(self._trained(sizes, seed))[0]
+
+    def log(self, sizes: Sizes, seed: int) -> dict[str, Any]:
+        """Loss and label accuracy of its last epoch, and seconds of training."""
+        details = load_head(self._trained(sizes, seed))[1].details
+        epochs = details["log"]
+        return {
+            "loss": epochs[-1]["loss"],
+            "label_accuracy": epochs[-1]["label_accuracy"],
+            "seconds": sum(epoch["seconds"] for epoch in epochs),
+        }
+
+    def _trained(self, sizes: Sizes, seed: int) -> Path:
+        key = {
+            "features": self._identity,
+            "network": self.network.to_dict(),
+            **dataclasses.asdict(sizes),
+            "seed": seed,
+        }
+        folder = self._heads / hash_key(key)
+        if not (folder / "card.json").is_file():
+            self._train(sizes, seed, folder, key)
+        return folder
+
+    def _train(self, sizes: Sizes, seed: int, folder: Path, key: dict[str, Any]) -> None:
+        clustering = self.clustering(sizes.clusters, seed)
+        labels = pseudo_labels(self.hr, self.lr, clustering.centroids, sizes.labels)
+        head = self.untrained_head(sizes, seed)
+        head.set_centroids(clustering.centroids)
+        recipe = self.network.recipe
+        name = f"head {sizes.labels} k={sizes.clusters} N1={sizes.hidden} seed={seed}"
+        with tqdm(total=recipe.epochs, desc=name, unit="epoch", disable=None, leave=False) as bar:
+            trainer = PseudoLabelTrainer(head, recipe, seed=seed)
+            log = trainer.fit(self.lr, labels, callback=lambda _: bar.update())
+        details = {**key, "log": [dataclasses.asdict(epoch) for epoch in log]}
+        save_head(head, folder, Card(*self._card, details))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of Table 1.
+
+    Args:
+        label: as printed.
+        make: the training and test features of one seed.
+        seeded: whether the seed matters.
+    """
+
+    label: str
+    make: Callable[[int], Pair]
+    seeded: bool = True
+
+
+def table_rows(data: Data, transfer: Transfer, sizes: Sizes) -> dict[str, Row]:
+    """The paper's rows and the controls, by name; `sizes.labels` is what the head is taught by."""
+    hr: Pair = (data.trainval.features.hr, data.test.features.hr)
+    lr: Pair = (data.trainval.features.lr, data.test.features.lr)
+    scaled = (transfer.lr, transfer.scale(lr[1]))
+    other = "paired" if sizes.labels == "nearest" else "nearest"
+    n1, k = sizes.hidden, sizes.clusters
+
+    def through_head(labels: str, layer: str) -> Callable[[int], Pair]:
+        def make(seed: int) -> Pair:
+            head = transfer.head(dataclasses.replace(sizes, labels=labels), seed)
+            return head.transfer(scaled[0], layer=layer), head.transfer(scaled[1], layer=layer)
+
+        return make
+
+    def random_layer(seed: int) -> Pair:
+        head = transfer.untrained_head(sizes, seed)
+        return head.transfer(scaled[0], layer="hidden"), head.transfer(scaled[1], layer="hidden")
+
+    def closed_form(seed: int) -> Pair:
+        centroids = transfer.clustering(k, seed).centroids
+        return centroid_scores(scaled[0], centroids), centroid_scores(scaled[1], centroids)
+
+    note = {"nearest": "the paper's head (nearest labels)", "paired": "head on paired labels"}
+    return {
+        "baseline-hr": Row("Baseline-HR", lambda _: hr, seeded=False),
+        "baseline-lr": Row("Baseline-LR", lambda _: lr, seeded=False),
+        sizes.labels: Row(note[sizes.labels], through_head(sizes.labels, "output")),
+        other: Row(note[other], through_head(other, "output")),
+        "hidden": Row(f"its {n1} hidden activations", through_head(sizes.labels, "hidden")),
+        "random": Row(f"untrained random layer of {n1}", random_layer),
+        "centroids": Row(f"{k} closed-form centroid scores", closed_form),
+        "ridge": Row("ridge regression LR -> HR", lambda _: ridge(lr, hr[0]), seeded=False),
+        "pca": Row(f"PCA whitening to {k}", lambda _: pca_whitening(lr, k), seeded=False),
+    }
+
+
+def ridge(lr: Pair, hr: Tensor) -> Pair:
+    """LR features mapped to the HR features of the same training images, in closed form.
+
+    The penalty is chosen from 10^-2 ... 10^4 by leave-one-out error on the training rows.
+    """
+    from sklearn.linear_model import RidgeCV
+
+    model = RidgeCV(alphas=np.logspace(-2, 4, 13)).fit(lr[0].double().numpy(), hr.double().numpy())
+    train, test = (torch.from_numpy(model.predict(rows.double().numpy())).float() for rows in lr)
+    return train, test
+
+
+def pca_whitening(lr: Pair, components: int) -> Pair:
+    """The first principal components of the LR training features, each of unit variance."""
+    from sklearn.decomposition import PCA
+
+    count = min(components, *lr[0].shape)
+    model = PCA(count, whiten=True, svd_solver="full").fit(lr[0].double().numpy())
+    train, test = (torch.from_numpy(model.transform(rows.double().numpy())).float() for rows in lr)
+    return train, test

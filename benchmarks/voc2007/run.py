@@ -1,0 +1,205 @@
+"""The benchmark's stages in order: devkit, features, heads, SVMs, figures of merit."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.memo import Memo, hash_key
+from benchmarks.voc2007.data import Data, check_sizes, load_data, open_devkit
+from benchmarks.voc2007.methods import Row, Sizes, Transfer, table_rows
+from benchmarks.voc2007.options import Options
+from featxfer import (
+    PROTOCOLS,
+    Backbone,
+    average_precisions,
+    confidence_interval,
+    gap_recovered,
+    train_svms,
+)
+from featxfer.metrics import AVERAGE_PRECISIONS
+from featxfer_integrations import load_backbone
+
+Results = dict[str, Any]
+"""What `results.json` holds; tables, figures and the report are drawn from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """All that a run works on."""
+
+    options: Options
+    data: Data
+    transfer: Transfer
+    backbone: Backbone
+    memo: Memo
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of Table 1's head."""
+        return Sizes(self.options.clusters, self.options.hidden, self.options.labels)
+
+
+def open_study(options: Options) -> Study:
+    """Checks what can be checked early, then takes the features."""
+    devkit = open_devkit(options)
+    check_sizes(options, devkit)
+    for split in ("trainval", "test"):
+        devkit.labels(split)
+        devkit.images(split)
+    backbone = load_backbone(options.backbone, options.weights)
+    data = load_data(options, devkit, backbone)
+    features = data.trainval.features
+    transfer = Transfer(
+        features.hr,
+        features.lr,
+        options.network,
+        options.cache / "heads",
+        features.keys,
+        (backbone.name, backbone.weights_sha256, options.degradation),
+    )
+    return Study(options, data, transfer, backbone, Memo(options.cache / "rows"))
+
+
+def run(study: Study) -> Results:
+    """Every figure of the tables, computed or read from earlier, interrupted runs."""
+    options, transfer = study.options, study.transfer
+    seeds = range(options.seeds)
+    results: Results = {
+        "config": options.to_dict(),
+        "data": study.data.describe(),
+        "backbone": {"name": study.backbone.name, "sha256": study.backbone.weights_sha256},
+        "versions": versions(),
+        "diagnostics": [transfer.diagnostics(options.clusters, seed) for seed in seeds],
+    }
+    rows = table_rows(study.data, transfer, study.sizes)
+    results["table1"] = {name: _table1(study, rows, name) for name in options.protocols}
+    results["heads"] = {
+        labels: [
+            transfer.log(dataclasses.replace(study.sizes, labels=labels), seed) for seed in seeds
+        ]
+        for labels in ("nearest", "paired")
+    }
+    if options.grid:
+        results["table2"] = _table2(study, options.grid)
+    return results
+
+
+def score(study: Study, row: Row, sizes: Sizes, seed: int, protocol: str) -> dict[str, Any]:
+    """SVMs of one row, seed and protocol: AP a class by every definition, C, fits, seconds."""
+    splits = (study.data.trainval, study.data.test)
+    key = {
+        "row": row.label,
+        "transfer": [seed, dataclasses.asdict(sizes), study.transfer.network.to_dict()]
+        if row.seeded
+        else None,
+        "protocol": dataclasses.asdict(PROTOCOLS[protocol]),
+        "features": [split.features.keys for split in splits],
+        "labels": [hash_key({"labels": split.labels.tolist()}) for split in splits],
+        "scikit-learn": version("scikit-learn"),
+    }
+    return study.memo.get(key, lambda: _score(study, row, seed, protocol))
+
+
+def _score(study: Study, row: Row, seed: int, protocol: str) -> dict[str, Any]:
+    train, test = row.make(seed)
+    labels, start = study.data.trainval.labels, time.perf_counter()
+    name = f"{protocol}: {row.label}, seed {seed}"
+    with tqdm(total=labels.shape[1], desc=name, unit="svm", disable=None, leave=False) as bar:
+        svms = train_svms(
+            train,
+            labels,
+            PROTOCOLS[protocol],
+            jobs=study.options.jobs,
+            callback=lambda _: bar.update(),
+        )
+    decisions, truth = svms.decisions(test), study.data.test.labels
+    return {
+        "ap": {kind: average_precisions(decisions, truth, kind) for kind in AVERAGE_PRECISIONS},
+        "costs": svms.costs,
+        "fits": svms.fits,
+        "unconverged": svms.unconverged,
+        "width": train.shape[1],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _table1(study: Study, rows: dict[str, Row], protocol: str) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for name, row in rows.items():
+        seeds = range(study.options.seeds) if row.seeded else range(1)
+        scores = [score(study, row, study.sizes, seed, protocol) for seed in seeds]
+        per_class = np.array([s["ap"][study.options.ap] for s in scores])
+        table[name] = {
+            "label": row.label,
+            "ap": per_class.mean(0).tolist(),
+            "map": summarise(per_class.mean(1).tolist()),
+            "runs": scores,
+        }
+    lr, hr = (table[name]["map"]["mean"] for name in ("baseline-lr", "baseline-hr"))
+    for entry in table.values():
+        entry["gap_recovered"] = gaps(entry["map"]["values"], lr, hr)
+    return table
+
+
+def _table2(study: Study, grid: tuple[Sequence[int], Sequence[int]]) -> dict[str, Any]:
+    """MAP of the head over N2 = k and N1, by the first protocol."""
+    options, cells = study.options, []
+    for k in grid[0]:
+        for hidden in grid[1]:
+            sizes = Sizes(k, hidden, options.labels)
+            row = table_rows(study.data, study.transfer, sizes)[sizes.labels]
+            scores = [
+                score(study, row, sizes, seed, options.protocols[0])
+                for seed in range(options.seeds)
+            ]
+            values = [float(np.mean(s["ap"][options.ap])) for s in scores]
+            cells.append({"clusters": k, "hidden": hidden, "map": summarise(values)})
+    return {"protocol": options.protocols[0], "cells": cells}
+
+
+def summarise(values: list[float]) -> dict[str, Any]:
+    """Values over seeds with their mean and 95% interval; JSON null where one seed gives none."""
+    interval = confidence_interval(values)
+    several = len(values) > 1
+    return {
+        "values": values,
+        "mean": interval.mean,
+        "low": interval.low if several else None,
+        "high": interval.high if several else None,
+    }
+
+
+def gaps(values: list[float], lr: float, hr: float) -> dict[str, Any] | None:
+    """Gap recovered over seeds; None where HR is not above LR, so that there is no gap."""
+    return summarise([gap_recovered(value, lr, hr) for value in values]) if hr > lr else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that figures depend on."""
+    names = [
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "scipy",
+        "pillow",
+        "scikit-learn",
+        "faiss-cpu",
+    ]
+    try:
+        own = version("featxfer")
+    except PackageNotFoundError:
+        own = "not installed"
+    return {
+        "python": platform.python_version(),
+        "featxfer": own,
+        **{name: version(name) for name in names},
+    }

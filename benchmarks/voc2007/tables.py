@@ -1,0 +1,121 @@
+"""Tables 1 and 2 as text, in the paper's layout, from what `results.json` holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.voc2007 import paper
+
+CLASSES_A_BLOCK = 20
+
+
+def render(results: dict[str, Any]) -> str:
+    """All tables of a run, with what they are of above them."""
+    blocks = [heading(results)]
+    for protocol, table in results["table1"].items():
+        blocks += [
+            f"Protocol {protocol}",
+            summary(table, results["data"]["classes"]),
+            per_class(table, results["data"]["classes"]),
+            unconverged(table),
+        ]
+    if "table2" in results:
+        blocks.append(grid(results["table2"], results["data"]["classes"]))
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def heading(results: dict[str, Any]) -> str:
+    """Data, backbone, degradation, seeds and the labels' diagnostics in a few lines."""
+    config, data = results["config"], results["data"]
+    images, degradation = data["images"], config["degradation"]
+    kind = "SYNTHETIC images rendered by this project" if data["synthetic"] else config["data"]
+    agreement = [d["agreement"] for d in results["diagnostics"]]
+    skipped = sum(len(s) for s in data["skipped"].values())
+    return "\n".join(
+        [
+            f"Data: {kind}; {images['trainval']} trainval and {images['test']} test images, "
+            f"{len(data['classes'])} classes" + (f"; {skipped} images skipped" if skipped else ""),
+            f"Backbone: {results['backbone']['name']} ({config['weights']} weights, "
+            f"{results['backbone']['sha256'][:12]}), {data['width']}-D",
+            f"LR: {degradation['lr_size']} pixels, {degradation['kernel']}, antialias "
+            f"{degradation['antialias']}, order {degradation['order']!r}",
+            f"Seeds: {len(config['seeds'])}; AP: {config['ap']}; k = {config['clusters']}, "
+            f"N1 = {config['hidden']}",
+            f"Nearest and paired pseudo-labels agree for {percent(sum(agreement) / len(agreement))}% "
+            "of the LR training images",
+        ]
+    )
+
+
+def summary(table: dict[str, Any], classes: list[str]) -> str:
+    """MAP and gap recovered of each row, with 95% intervals over seeds."""
+    spread = "95% interval"
+    lines = [f"{'':34}{'mAP %':>8}  {spread:<16}{'gap recovered %':>15}  {spread}"]
+    for entry in table.values():
+        gap = entry["gap_recovered"]
+        lines.append(
+            f"{entry['label']:34}{percent(entry['map']['mean']):>8}  {interval(entry['map']):<16}"
+            + (f"{percent(gap['mean']):>15}  {interval(gap)}" if gap else f"{'no gap':>15}")
+        )
+    lines = [line.rstrip() for line in lines]
+    if classes == paper.CLASSES:
+        lines += [f"{'[1] ' + row:34}{v:>8.1f}" for row, v in paper.TABLE1_MAP.items()]
+    return "\n".join(lines)
+
+
+def per_class(table: dict[str, Any], classes: list[str]) -> str:
+    """AP of each class, mean over seeds, as the paper's Table 1; 20 classes a block."""
+    rows = [(entry["label"], [100 * ap for ap in entry["ap"]]) for entry in table.values()]
+    if classes == paper.CLASSES:
+        rows += [(f"[1] {row}", aps) for row, aps in paper.TABLE1.items()]
+    blocks = []
+    for start in range(0, len(classes), CLASSES_A_BLOCK):
+        part = slice(start, start + CLASSES_A_BLOCK)
+        lines = [" " * 34 + "".join(f"{name[:6]:>7}" for name in classes[part])]
+        lines += [f"{label:34}" + "".join(f"{ap:7.1f}" for ap in aps[part]) for label, aps in rows]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def unconverged(table: dict[str, Any]) -> str:
+    """Says how many SVM fits stopped at the limit of iterations, where any did."""
+    counts = {
+        entry["label"]: (sum(r["unconverged"] for r in runs), sum(r["fits"] for r in runs))
+        for entry in table.values()
+        for runs in [entry["runs"]]
+    }
+    told = [f"{label}: {n} of {fits}" for label, (n, fits) in counts.items() if n]
+    return "SVM fits stopped at the limit of iterations: " + "; ".join(told) if told else ""
+
+
+def grid(table2: dict[str, Any], classes: list[str]) -> str:
+    """MAP over N2 = k (rows) and N1 (columns), as the paper's Table 2."""
+    cells = {(cell["clusters"], cell["hidden"]): cell["map"] for cell in table2["cells"]}
+    ks, hiddens = sorted({k for k, _ in cells}), sorted({h for _, h in cells})
+    lines = [f"Grid, protocol {table2['protocol']}: mAP % (rows N2 = k, columns N1)"]
+    lines.append(f"{'':6}" + "".join(f"{hidden:>16}" for hidden in hiddens))
+    for k in ks:
+        values = (cells[k, hidden] for hidden in hiddens)
+        lines.append(f"{k:<6}" + "".join(f"{plus_minus(value):>16}" for value in values))
+    if classes == paper.CLASSES:
+        lines += ["[1]", *(f"{k:<6}{values}" for k, values in paper.TABLE2.items())]
+    return "\n".join(lines)
+
+
+def percent(value: float) -> str:
+    """A share as percent with one decimal."""
+    return f"{100 * value:.1f}"
+
+
+def interval(summary: dict[str, Any]) -> str:
+    """`[low, high]` in percent, or nothing for a single value."""
+    if summary["low"] is None:
+        return ""
+    return f"[{percent(summary['low'])}, {percent(summary['high'])}]"
+
+
+def plus_minus(summary: dict[str, Any]) -> str:
+    """`mean ± half width` in percent, or the mean alone."""
+    if summary["low"] is None:
+        return percent(summary["mean"])
+    return f"{percent(summary['mean'])} ± {percent((summary['high'] - summary['low']) / 2)}"

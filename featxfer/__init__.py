@@ -1,0 +1,63 @@
+"""featxfer: let a frozen vision backbone see low-resolution images almost as well as high ones."""
+
+from featxfer.artifact import ArtifactError, Card, load_head, save_head
+from featxfer.degrade import Degradation
+from featxfer.features import Backbone, Features, Preprocessing, extract_features, scale_features
+from featxfer.head import FeatureTransferHead
+from featxfer.images import ImageError, Images, open_images
+from featxfer.metrics import average_precision, confidence_interval, gap_recovered
+from featxfer.pseudo_labels import (
+    Clustering,
+    LabelDiagnostics,
+    assign,
+    centroid_scores,
+    diagnose,
+    kmeans,
+    pseudo_labels,
+)
+from featxfer.store import FeatureStore, StoreError
+from featxfer.svm import PROTOCOLS, LinearSVMs, Protocol, average_precisions, train_svms
+from featxfer.trainer import DivergenceError, EpochLog, PseudoLabelTrainer, Recipe
+from featxfer.voc import DevkitError, VOCDevkit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PROTOCOLS",
+    "ArtifactError",
+    "Backbone",
+    "Card",
+    "Clustering",
+    "Degradation",
+    "DevkitError",
+    "DivergenceError",
+    "EpochLog",
+    "FeatureStore",
+    "FeatureTransferHead",
+    "Features",
+    "ImageError",
+    "Images",
+    "LabelDiagnostics",
+    "LinearSVMs",
+    "Preprocessing",
+    "Protocol",
+    "PseudoLabelTrainer",
+    "Recipe",
+    "StoreError",
+    "VOCDevkit",
+    "assign",
+    "average_precision",
+    "average_precisions",
+    "centroid_scores",
+    "confidence_interval",
+    "diagnose",
+    "extract_features",
+    "gap_recovered",
+    "kmeans",
+    "load_head",
+    "open_images",
+    "pseudo_labels",
+    "save_head",
+    "scale_features",
+    "train_svms",
+]

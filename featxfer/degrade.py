@@ -1,0 +1,125 @@
+"""How a high-resolution (HR) image becomes a low-resolution (LR) one, as a value to save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featxfer._checks import check_choice, check_integer
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """The HR view and the LR view of one image, both `hr_size` x `hr_size` pixels.
+
+    The paper (section 4.1): HR is the original resized to 224 x 224, bicubic; LR is the original
+    resized to 32 x 32 and from there to 224 x 224. It does not state whether the kernel is
+    antialiased when it shrinks; we antialias by default.
+
+    Args:
+        hr_size: side of the backbone's input, in pixels, >= 1.
+        lr_size: side of the small image, in pixels, 1 <= lr_size <= hr_size.
+        kernel: "bicubic" (the paper), "bilinear" or "nearest".
+        antialias: whether the kernel is widened when it shrinks; not defined for "nearest".
+        order: "original" (the paper): original -> LR -> HR size; "hr": original -> HR size -> LR
+            -> HR size, as one public note on the paper reads it.
+
+    Raises:
+        ValueError: for a value outside of these.
+    """
+
+    hr_size: int = 224
+    lr_size: int = 32
+    kernel: str = "bicubic"
+    antialias: bool = True
+    order: str = "original"
+
+    RESIZE: ClassVar[str] = "torch.nn.functional.interpolate(uint8)"
+    """The one resize implementation, by name: other ones give other pixels."""
+
+    def __post_init__(self) -> None:
+        check_integer("hr_size", self.hr_size, at_least=1)
+        check_integer("lr_size", self.lr_size, at_least=1)
+        if self.lr_size > self.hr_size:
+            raise ValueError(f"lr_size: got {self.lr_size}, wanted at most hr_size={self.hr_size}")
+        check_choice("kernel", self.kernel, ("bicubic", "bilinear", "nearest"))
+        check_choice("order", self.order, ("original", "hr"))
+        if not isinstance(self.antialias, bool):
+            raise ValueError(f"antialias: got {self.antialias!r}, wanted True or False")
+        if self.antialias and self.kernel == "nearest":
+            raise ValueError("antialias: got True with kernel 'nearest', wanted antialias=False")
+
+    def hr(self, image: Tensor) -> Tensor:
+        """The HR view of `image`, uint8 RGB `(3, h, w)`: uint8 `(3, hr_size, hr_size)`."""
+        return self._resize(_as_image(image), self.hr_size)
+
+    def lr(self, image: Tensor) -> Tensor:
+        """The LR view of `image`, uint8 RGB `(3, h, w)`: uint8 `(3, hr_size, hr_size)`."""
+        image = _as_image(image)
+        if self.order == "hr":
+            image = self._resize(image, self.hr_size)
+        return self._resize(self._resize(image, self.lr_size), self.hr_size)
+
+    def _resize(self, image: Tensor, size: int) -> Tensor:
+        if self.kernel == "nearest":
+            return F.interpolate(image[None], size=(size, size), mode="nearest-exact")[0]
+        return F.interpolate(
+            image[None], size=(size, size), mode=self.kernel, antialias=self.antialias
+        )[0]
+
+    def describe_view(self, view: str) -> dict[str, Any]:
+        """What view "hr" or "lr" depends on: the HR view does not know `lr_size` and `order`."""
+        check_choice("view", view, ("hr", "lr"))
+        described = {**self.to_dict(), "view": view}
+        if view == "hr":
+            del described["lr_size"], described["order"]
+        return described
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the name of the resize implementation, as JSON types."""
+        return {**dataclasses.asdict(self), "resize": self.RESIZE}
+
+    def to_json(self) -> str:
+        """`to_dict` as one line of JSON; `from_json` gives an equal value back."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Degradation:
+        """The inverse of `to_dict`.
+
+        Raises `ValueError` for unknown or missing fields and for another resize implementation.
+        """
+        fields = dict(values)
+        resize = fields.pop("resize", None)
+        if resize != cls.RESIZE:
+            raise ValueError(f"resize: got {resize!r}, wanted {cls.RESIZE!r}")
+        wanted = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != wanted:
+            raise ValueError(
+                f"degradation: got fields {sorted(fields)}, wanted exactly {sorted(wanted)}"
+            )
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> Degradation:
+        """The inverse of `to_json`; raises `ValueError` as `from_dict` does, and for other JSON."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"degradation: got {type(values).__name__}, wanted a JSON object")
+        return cls.from_dict(values)
+
+
+def _as_image(image: Tensor) -> Tensor:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(
+            f"image: got {str(image.dtype).removeprefix('torch.')} of shape {tuple(image.shape)}, "
+            "wanted uint8 (3, h, w)"
+        )
+    return image

@@ -1,0 +1,299 @@
+"""A frozen backbone and images in, HR and LR features out, through a FeatureStore."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from featxfer._checks import ArrayLike, as_features, check_choice, check_integer
+from featxfer.degrade import Degradation
+from featxfer.images import ImageError, Images
+from featxfer.store import FeatureStore, Manifest, Rows, align
+
+SCALINGS = ("none", "l2")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What belongs to the weights: `(pixels / 255 - mean) / std`, and the input size if fixed.
+
+    Args:
+        mean: per RGB channel, of pixels in [0, 1].
+        std: per RGB channel, > 0.
+        input_size: the only side, in pixels, that the backbone takes; None if it takes any.
+    """
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    input_size: int | None = None
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 `(n, 3, h, w)` -> float32, channels last, normalised."""
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std)
+        )
+        images = pixels.to(torch.float32) / 255
+        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen feature extractor with the preprocessing of its weights.
+
+    Args:
+        module: images `(n, 3, hr_size, hr_size)` -> pooled features `(n, d)`. It is not changed.
+        preprocessing: of its weights.
+        name: for cache keys and cards.
+        weights: where the weights are from, in words.
+    """
+
+    module: nn.Module
+    preprocessing: Preprocessing = Preprocessing()
+    name: str = "custom"
+    weights: str = "custom"
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the module's state dict, taken at the first use."""
+        return weights_sha256(self.module)
+
+
+@dataclass(frozen=True)
+class Features:
+    """HR and LR features of the same images.
+
+    Args:
+        ids: image names.
+        hr: float32 `(n, d)`.
+        lr: float32 `(n, d)`.
+        skipped: image name -> why it could not be read.
+        keys: the store's key of each view, which stand for all that the rows depend on.
+    """
+
+    ids: tuple[str, ...]
+    hr: Tensor
+    lr: Tensor
+    skipped: dict[str, str]
+    keys: dict[str, str]
+
+
+def extract_features(
+    backbone: Backbone,
+    images: Images,
+    degradation: Degradation,
+    cache: str | Path,
+    *,
+    batch_size: int = 64,
+    part_rows: int = 256,
+    precision: str = "fp32",
+    on_error: str = "raise",
+) -> Features:
+    """Features of both views of all images; what the cache has is read, the rest computed.
+
+    Each image is decoded once and both views are made from the same uint8 pixels. The backbone is
+    in eval mode without gradients meanwhile, and gets its modes back. Progress is shown on stderr
+    when that is a terminal. May be interrupted: finished parts stay, the next call goes on.
+
+    Args:
+        backbone: the frozen backbone; runs on the device of its parameters.
+        images: see `featxfer.images.open_images` and `featxfer.voc.VOCDevkit.images`.
+        degradation: how HR and LR views are made.
+        cache: folder of the feature stores.
+        batch_size: images a forward pass.
+        part_rows: images a part of the store, the most that an interruption can lose.
+        precision: "fp32", or "bf16" for autocast.
+        on_error: "raise" at an image that cannot be read, or "skip" it and list it.
+
+    Raises:
+        ImageError: an image cannot be read and `on_error` is "raise".
+        ValueError: bad arguments, no readable image at all, features that are not `(n, d)` or
+            not finite (the image is named), an input size that the backbone does not take.
+        StoreError: the cache is damaged.
+        DiskError: the cache cannot be written.
+    """
+    check_integer("batch_size", batch_size, at_least=1)
+    check_integer("part_rows", part_rows, at_least=1)
+    check_choice("precision", precision, ("fp32", "bf16"))
+    check_choice("on_error", on_error, ("raise", "skip"))
+    fixed = backbone.preprocessing.input_size
+    if fixed not in (None, degradation.hr_size):
+        raise ValueError(
+            f"degradation: got hr_size={degradation.hr_size}, "
+            f"backbone {backbone.name} wants {fixed}"
+        )
+    stores = {
+        view: FeatureStore(
+            cache, _manifest(backbone, images, degradation, view, precision, part_rows)
+        )
+        for view in ("hr", "lr")
+    }
+    _fill(stores, backbone, images, degradation, batch_size, precision, on_error)
+    rows = {view: store.read() for view, store in stores.items()}
+    align(list(rows.values()))
+    skipped = dict(rows["hr"].skipped)
+    if skipped and on_error == "raise":
+        raise ImageError(next(iter(skipped.values())))
+    if not rows["hr"].ids:
+        raise ValueError(
+            f"images: none of {len(images)} could be read: {next(iter(skipped.values()))}"
+        )
+    keys = {view: store.manifest.key for view, store in stores.items()}
+    return Features(rows["hr"].ids, rows["hr"].features, rows["lr"].features, skipped, keys)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of a module's state dict."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def scale_features(features: ArrayLike, scaling: str) -> Tensor:
+    """Rows as they come ("none") or divided by their L2 norm ("l2"): float32 `(n, d)`.
+
+    The paper does not state any scaling before k-means and the network. Raises `ValueError` for
+    another `scaling`, NaN or infinity, and under "l2" for a row of zeros.
+    """
+    check_choice("scaling", scaling, SCALINGS)
+    rows = as_features("features", features)
+    if scaling == "none":
+        return rows
+    norms = rows.norm(dim=1, keepdim=True)
+    if not norms.all():
+        raise ValueError(f"features: row {int(norms.argmin())} is zero, wanted an L2 norm above 0")
+    scaled: Tensor = rows / norms
+    return scaled
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; each submodule's own mode restored after, always."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what pixels and features depend on."""
+    return {"torch": torch.__version__, "pillow": PIL.__version__, "numpy": np.__version__}
+
+
+def _manifest(
+    backbone: Backbone,
+    images: Images,
+    degradation: Degradation,
+    view: str,
+    precision: str,
+    part_rows: int,
+) -> Manifest:
+    return Manifest(
+        view=degradation.describe_view(view),
+        backbone=backbone.name,
+        weights_sha256=backbone.weights_sha256,
+        preprocessing=dataclasses.asdict(backbone.preprocessing),
+        precision=precision,
+        images_fingerprint=images.fingerprint,
+        image_count=len(images),
+        part_rows=part_rows,
+        software=software_versions(),
+    )
+
+
+def _fill(
+    stores: dict[str, FeatureStore],
+    backbone: Backbone,
+    images: Images,
+    degradation: Degradation,
+    batch_size: int,
+    precision: str,
+    on_error: str,
+) -> None:
+    """Computes the parts that are missing, of each view just the ones that it lacks."""
+    missing = {view: set(store.missing_parts()) for view, store in stores.items()}
+    parts = sorted(set().union(*missing.values()))
+    part_rows = next(iter(stores.values())).manifest.part_rows
+    ranges = {p: range(p * part_rows, min((p + 1) * part_rows, len(images))) for p in parts}
+    total = sum(map(len, ranges.values()))
+    with tqdm(total=total, unit="img", desc=f"features of {backbone.name}", disable=None) as bar:
+        for part, indices in ranges.items():
+            makers = {view: getattr(degradation, view) for view in stores if part in missing[view]}
+            views, ids, skipped = _read_views(images, indices, makers, on_error)
+            for view, pixels in views.items():
+                features = _run(backbone, pixels, batch_size, precision)
+                _check_finite(features, ids, view)
+                stores[view].write_part(part, Rows(ids, features, skipped))
+            bar.update(len(indices))
+
+
+def _read_views(
+    images: Images,
+    indices: Sequence[int],
+    makers: dict[str, Callable[[Tensor], Tensor]],
+    on_error: str,
+) -> tuple[dict[str, list[Tensor]], tuple[str, ...], dict[str, str]]:
+    """Decodes each image once and makes the wanted views of it."""
+    views: dict[str, list[Tensor]] = {view: [] for view in makers}
+    ids: list[str] = []
+    skipped: dict[str, str] = {}
+    for index in indices:
+        try:
+            image = images.read(index)
+        except ImageError as error:
+            if on_error == "raise":
+                raise
+            skipped[images.ids[index]] = str(error)
+            continue
+        ids.append(images.ids[index])
+        for view, make in makers.items():
+            views[view].append(make(image))
+    return views, tuple(ids), skipped
+
+
+def _run(backbone: Backbone, pixels: list[Tensor], batch_size: int, precision: str) -> Tensor:
+    if not pixels:
+        return torch.empty(0, 0)
+    device = next((p.device for p in backbone.module.parameters()), torch.device("cpu"))
+    autocast: AbstractContextManager[object] = (
+        torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    )
+    rows = []
+    with frozen(backbone.module), autocast:
+        for start in range(0, len(pixels), batch_size):
+            batch = torch.stack(pixels[start : start + batch_size]).to(device)
+            rows.append(
+                _as_rows(backbone, backbone.module(backbone.preprocessing(batch)), len(batch))
+            )
+    return torch.cat(rows)
+
+
+def _as_rows(backbone: Backbone, output: object, count: int) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != count:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"backbone {backbone.name}: got output {got}, wanted ({count}, d)")
+    return output.to("cpu", torch.float32)
+
+
+def _check_finite(features: Tensor, ids: tuple[str, ...], view: str) -> None:
+    bad = ~torch.isfinite(features).all(dim=1) if ids else torch.zeros(0)
+    if bad.any():
+        name = ids[int(bad.nonzero()[0])]
+        raise ValueError(f"{view} features of image {name} are NaN or infinite, wanted finite ones")

@@ -1,0 +1,175 @@
+"""FeatureStore: the feature rows of one view of a set of images, on disk, part by part."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from featxfer._files import write_atomic
+
+
+class StoreError(RuntimeError):
+    """A store that cannot be read: of another config, incomplete or damaged; the file is named."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a row depends on; its hash is the store's key.
+
+    Args:
+        view: which view of the image, and how its pixels are made
+            (`Degradation.describe_view`).
+        backbone: the backbone's name.
+        weights_sha256: hash of the backbone's weights (`features.weights_sha256`).
+        preprocessing: mean, std and what else belongs to the weights.
+        precision: "fp32" or "bf16", of the backbone's arithmetic.
+        images_fingerprint: `Images.fingerprint`.
+        image_count: number of images, skipped ones too.
+        part_rows: images a part.
+        software: versions of what decodes, resizes and computes.
+    """
+
+    view: Mapping[str, Any]
+    backbone: str
+    weights_sha256: str
+    preprocessing: Mapping[str, Any]
+    precision: str
+    images_fingerprint: str
+    image_count: int
+    part_rows: int
+    software: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """All fields as indented JSON, in one order."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @property
+    def key(self) -> str:
+        """32 hex digits of the SHA-256 of `to_json`."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a store or of one part of it.
+
+    Args:
+        ids: image names, in the images' order, without the skipped ones.
+        features: float32 `(len(ids), d)`.
+        skipped: image name -> why it could not be read.
+    """
+
+    ids: tuple[str, ...]
+    features: Tensor
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class FeatureStore:
+    """Rows on disk in `root/<view>-<key>/`, written part by part, each part once.
+
+    A part is one safetensors file whose name holds the hash of its bytes. It appears whole or not
+    at all (`os.replace` of a synced temporary file), so an interrupted run loses at most the part
+    it was at, and any number of processes may write to one store.
+
+    Args:
+        root: folder of the cache.
+        manifest: what the rows depend on. Another manifest is another folder.
+
+    Raises:
+        StoreError: the folder exists with another manifest.
+        DiskError: the manifest cannot be written.
+    """
+
+    def __init__(self, root: str | Path, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.directory = Path(root) / f"{manifest.view['view']}-{manifest.key}"
+        path = self.directory / "manifest.json"
+        if not path.exists():
+            write_atomic(path, manifest.to_json().encode())
+        elif path.read_text(encoding="utf-8") != manifest.to_json():
+            raise StoreError(f"{path} is a cache from another config, wanted\n{manifest.to_json()}")
+
+    @property
+    def part_count(self) -> int:
+        """Number of parts of the finished store."""
+        return -(-self.manifest.image_count // self.manifest.part_rows)
+
+    def missing_parts(self) -> list[int]:
+        """Indices of the parts that are not on disk yet."""
+        return [index for index in range(self.part_count) if self._find(index) is None]
+
+    def write_part(self, index: int, rows: Rows) -> None:
+        """Writes part `index` unless it is there already; `DiskError` where the disk refuses."""
+        if self._find(index) is not None:
+            return
+        data = safetensors.torch.save(
+            {"features": rows.features.contiguous()},
+            {"ids": json.dumps(rows.ids), "skipped": json.dumps(dict(rows.skipped))},
+        )
+        name = f"part-{index:06d}.{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
+        write_atomic(self.directory / name, data)
+
+    def read_part(self, index: int) -> Rows:
+        """Reads one part; `StoreError` if it is not there or its bytes are not those written."""
+        path = self._find(index)
+        if path is None:
+            raise StoreError(f"{self.directory}: part {index} of {self.part_count} is missing")
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest()[:32] != path.name.split(".")[1]:
+            raise StoreError(f"{path} is damaged; delete it and run again to compute it anew")
+        metadata = _metadata(data)
+        features = safetensors.torch.load(data)["features"]
+        return Rows(tuple(json.loads(metadata["ids"])), features, json.loads(metadata["skipped"]))
+
+    def read(self) -> Rows:
+        """Reads all rows; `StoreError` if a part is missing or damaged."""
+        parts = [self.read_part(index) for index in range(self.part_count)]
+        return Rows(
+            tuple(name for part in parts for name in part.ids),
+            torch.cat([part.features for part in parts if part.ids] or [torch.empty(0, 0)]),
+            {name: reason for part in parts for name, reason in part.skipped.items()},
+        )
+
+    def damaged_parts(self) -> list[Path]:
+        """The files of finished parts whose bytes are not those that were written."""
+        return damaged_parts(self.directory)
+
+    def _find(self, index: int) -> Path | None:
+        """The part's file; the first by name, should two processes have rounded differently."""
+        return min(self.directory.glob(f"part-{index:06d}.*.safetensors"), default=None)
+
+
+def damaged_parts(directory: Path) -> list[Path]:
+    """Finished parts in `directory` whose bytes do not have the hash in their name."""
+    return [
+        path
+        for path in sorted(directory.glob("part-*.safetensors"))
+        if hashlib.sha256(path.read_bytes()).hexdigest()[:32] != path.name.split(".")[1]
+    ]
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    size = int.from_bytes(data[:8], "little")
+    header: dict[str, dict[str, str]] = json.loads(data[8 : 8 + size])
+    return header["__metadata__"]
+
+
+def align(stores: Sequence[Rows]) -> None:
+    """Raises `StoreError` unless all hold the same images in the same order."""
+    first = stores[0]
+    for other in stores[1:]:
+        if other.ids != first.ids:
+            raise StoreError(
+                f"views of different images: {len(first.ids)} and {len(other.ids)} rows, "
+                f"first difference {sorted(set(first.ids) ^ set(other.ids))[:1] or 'in order'}"
+            )

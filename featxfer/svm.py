@@ -1,0 +1,229 @@
+"""One-vs-rest linear SVMs on features, by named protocols.
+
+Wu et al. 2019, section 4.4, train one binary SVM a class with LIBSVM and state neither C nor any
+scaling; the protocols here are other works' and ours.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featxfer._checks import ArrayLike, as_features
+from featxfer.metrics import average_precision
+
+Matrix = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How SVMs are trained.
+
+    Args:
+        name: the protocol's name.
+        costs: values of C. With more than one, each class takes the value with the highest mean
+            AP ("step") over stratified folds, the first of equals.
+        folds: number of folds, where there is a choice of C.
+        normalize: whether rows are divided by their L2 norm (plus 1e-5, as VISSL does).
+        positive_weight: weight of positive rows, where negative ones weigh 1.
+        difficult: what a training image with only difficult instances of the class is: "negative",
+            or "ignored". At test it is always ignored.
+        max_iter: of LIBLINEAR's dual coordinate descent.
+    """
+
+    name: str
+    costs: tuple[float, ...]
+    folds: int = 3
+    normalize: bool = True
+    positive_weight: float = 2.0
+    difficult: str = "negative"
+    max_iter: int = 2000
+
+
+PROTOCOLS = MappingProxyType(
+    {
+        # Goyal et al. 2019 as VISSL's configuration for VOC07 has it.
+        "vissl": Protocol("vissl", (0.01, 0.1, 1.0, 2, 5, 10, 15, 20, 50, 100, 1000)),
+        # Desai and Johnson 2021, VirTex's script for VOC07.
+        "virtex": Protocol("virtex", (0.01, 0.1, 1.0, 10.0)),
+        # Ours: a plain call without any choice, nearest to what the paper may have done.
+        "plain": Protocol(
+            "plain",
+            (1.0,),
+            normalize=False,
+            positive_weight=1.0,
+            difficult="ignored",
+            max_iter=10000,
+        ),
+    }
+)
+"""The protocols by name."""
+
+
+@dataclass(frozen=True)
+class LinearSVMs:
+    """Trained SVMs, one a class: `decision = x @ coef.T + intercept` on scaled rows.
+
+    Args:
+        protocol: how they were trained.
+        coef: `(classes, d)`.
+        intercept: `(classes,)`.
+        costs: the chosen C of each class.
+        unconverged: fits (folds included) that stopped at `max_iter`.
+        fits: number of fits.
+    """
+
+    protocol: Protocol
+    coef: Matrix
+    intercept: Matrix
+    costs: tuple[float, ...]
+    unconverged: int
+    fits: int
+
+    def decisions(self, features: ArrayLike) -> Matrix:
+        """Decision values `(n, classes)` of features `(n, d)`; `ValueError` for another width."""
+        rows = as_features("features", features, width=self.coef.shape[1])
+        return _scale(rows, self.protocol) @ self.coef.T + self.intercept
+
+
+def train_svms(
+    features: ArrayLike,
+    labels: npt.NDArray[np.integer],
+    protocol: Protocol,
+    *,
+    seed: int = 0,
+    jobs: int = 1,
+    callback: Callable[[int], object] | None = None,
+) -> LinearSVMs:
+    """Trains one SVM a class with scikit-learn's `LinearSVC` (squared hinge, dual, intercept).
+
+    Args:
+        features: `(n, d)`.
+        labels: `(n, classes)` in {1, 0, -1}; 0: only difficult instances.
+        protocol: see `PROTOCOLS`.
+        seed: of LIBLINEAR's coordinate order.
+        jobs: classes at a time, in threads (LIBLINEAR releases the interpreter's lock).
+        callback: called with the class index when a class is done, from any thread.
+
+    Raises:
+        ValueError: other shapes, NaN or infinity (the row is named), a class with fewer positive
+            or negative rows than folds.
+    """
+    from joblib import Parallel, delayed
+
+    rows = as_features("features", features)
+    if labels.ndim != 2 or len(labels) != len(rows):
+        raise ValueError(
+            f"labels: got shape {labels.shape}, wanted ({len(rows)}, classes), a row a feature"
+        )
+    scaled = _scale(rows, protocol)
+    for column in range(labels.shape[1]):
+        _check_class(labels[:, column], protocol, column)
+
+    def train(column: int) -> tuple[Matrix, float, float, int, int]:
+        result = _train_class(scaled, labels[:, column], protocol, seed)
+        if callback is not None:
+            callback(column)
+        return result
+
+    with warnings.catch_warnings():
+        # Counted by n_iter_ instead: LinearSVMs.unconverged.
+        warnings.filterwarnings("ignore", message="Liblinear failed to converge")
+        trained = Parallel(n_jobs=jobs, prefer="threads", require="sharedmem")(
+            delayed(train)(column) for column in range(labels.shape[1])
+        )
+    coef, intercept, costs, unconverged, fits = zip(*trained, strict=True)
+    return LinearSVMs(
+        protocol, np.stack(coef), np.array(intercept), costs, sum(unconverged), sum(fits)
+    )
+
+
+def average_precisions(
+    decisions: npt.ArrayLike, labels: npt.NDArray[np.integer], kind: str = "11point"
+) -> list[float]:
+    """AP of each class from decision values and labels in {1, 0, -1}, both `(n, classes)`."""
+    scores = np.asarray(decisions)
+    if scores.shape != labels.shape:
+        raise ValueError(
+            f"decisions: got shape {scores.shape}, wanted that of labels {labels.shape}"
+        )
+    return [average_precision(scores[:, c], labels[:, c], kind) for c in range(labels.shape[1])]
+
+
+def _scale(rows: torch.Tensor, protocol: Protocol) -> Matrix:
+    values: Matrix = rows.numpy().astype(np.float64)
+    if protocol.normalize:
+        values /= np.linalg.norm(values, axis=1, keepdims=True) + 1e-5
+    return values
+
+
+def _targets(
+    labels: npt.NDArray[np.integer], protocol: Protocol
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+    """Which rows are used, and their targets in {1, -1}."""
+    used = labels != 0 if protocol.difficult == "ignored" else np.ones(len(labels), dtype=bool)
+    return used, np.where(labels[used] == 1, 1, -1)
+
+
+def _check_class(labels: npt.NDArray[np.integer], protocol: Protocol, column: int) -> None:
+    targets = _targets(labels, protocol)[1]
+    least = protocol.folds if len(protocol.costs) > 1 else 1
+    for name, count in (("positive", (targets == 1).sum()), ("negative", (targets == -1).sum())):
+        if count < least:
+            raise ValueError(
+                f"labels: class {column} has {count} {name} rows, "
+                f"protocol {protocol.name!r} wants at least {least}"
+            )
+
+
+def _train_class(
+    rows: Matrix, labels: npt.NDArray[np.integer], protocol: Protocol, seed: int
+) -> tuple[Matrix, float, float, int, int]:
+    used, targets = _targets(labels, protocol)
+    rows = rows if used.all() else rows[used]
+    cost, unconverged, fits = _choose_cost(rows, targets, protocol, seed)
+    model, stopped = _fit(rows, targets, cost, protocol, seed)
+    return model.coef_[0], float(model.intercept_[0]), cost, unconverged + stopped, fits + 1
+
+
+def _choose_cost(
+    rows: Matrix, targets: npt.NDArray[np.int64], protocol: Protocol, seed: int
+) -> tuple[float, int, int]:
+    """The C with the highest mean AP over the folds; fits that did not converge, and all fits."""
+    from sklearn.model_selection import StratifiedKFold
+
+    if len(protocol.costs) == 1:
+        return protocol.costs[0], 0, 0
+    scores = np.zeros((protocol.folds, len(protocol.costs)))
+    unconverged = 0
+    for fold, (train, held_out) in enumerate(StratifiedKFold(protocol.folds).split(rows, targets)):
+        train_rows, held_out_rows = rows[train], rows[held_out]
+        for i, cost in enumerate(protocol.costs):
+            model, stopped = _fit(train_rows, targets[train], cost, protocol, seed)
+            decisions = model.decision_function(held_out_rows)
+            scores[fold, i] = average_precision(decisions, targets[held_out], "step")
+            unconverged += stopped
+    return protocol.costs[int(scores.mean(0).argmax())], unconverged, scores.size
+
+
+def _fit(
+    rows: Matrix, targets: npt.NDArray[np.int64], cost: float, protocol: Protocol, seed: int
+) -> tuple[Any, bool]:
+    """A fitted `LinearSVC`, and whether it stopped at `max_iter`."""
+    from sklearn.svm import LinearSVC
+
+    model = LinearSVC(
+        C=cost,
+        class_weight={1: protocol.positive_weight, -1: 1.0},
+        dual=True,
+        max_iter=protocol.max_iter,
+        random_state=seed,
+    ).fit(rows, targets)
+    return model, model.n_iter_ >= protocol.max_iter

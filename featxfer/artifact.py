@@ -81,6 +81,9 @@ def load_head(
         ArtifactError: damaged files, another format, a head for another width or backbone.
     """
     folder = Path(folder)
+    for name in (CARD, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"head: no {name} in {folder}")
     description = _read_card(folder / CARD)
     tensors = _read_weights(folder / WEIGHTS, description.get("weights_sha256"))
     try:

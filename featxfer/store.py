@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from featxfer._files import write_atomic
+
+FORMAT = 1
+"""Of the parts; another format is another key."""
+
+_ROWS = "rows"
+"""The only metadata of a part: safetensors writes several in no fixed order."""
 
 
 class StoreError(RuntimeError):
@@ -50,8 +55,9 @@ class Manifest:
     software: Mapping[str, str]
 
     def to_json(self) -> str:
-        """All fields as indented JSON, in one order."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        """The format and all fields as indented JSON, in one order."""
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @property
     def key(self) -> str:
@@ -99,6 +105,25 @@ class FeatureStore:
         elif path.read_text(encoding="utf-8") != manifest.to_json():
             raise StoreError(f"{path} is a cache from another config, wanted\n{manifest.to_json()}")
 
+    @classmethod
+    def open(cls, directory: str | Path) -> FeatureStore:
+        """The store in `directory`, as its own manifest describes it.
+
+        Raises `FileNotFoundError` where there is no manifest, `StoreError` for one that is damaged
+        or of another format.
+        """
+        path = Path(directory) / "manifest.json"
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if fields.pop("format") != FORMAT:
+                raise ValueError(f"not of format {FORMAT}")
+            manifest = Manifest(**fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{path} is no manifest of a feature store: {error}") from error
+        if path.parent.name != f"{manifest.view['view']}-{manifest.key}":
+            raise StoreError(f"{path} does not have the key that its folder is named for")
+        return cls(path.parent.parent, manifest)
+
     @property
     def part_count(self) -> int:
         """Number of parts of the finished store."""
@@ -114,7 +139,7 @@ class FeatureStore:
             return
         data = safetensors.torch.save(
             {"features": rows.features.contiguous()},
-            {"ids": json.dumps(rows.ids), "skipped": json.dumps(dict(rows.skipped))},
+            {_ROWS: json.dumps({"ids": rows.ids, "skipped": dict(rows.skipped)})},
         )
         name = f"part-{index:06d}.{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
         write_atomic(self.directory / name, data)
@@ -127,9 +152,9 @@ class FeatureStore:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest()[:32] != path.name.split(".")[1]:
             raise StoreError(f"{path} is damaged; delete it and run again to compute it anew")
-        metadata = _metadata(data)
+        described = _describe(data)
         features = safetensors.torch.load(data)["features"]
-        return Rows(tuple(json.loads(metadata["ids"])), features, json.loads(metadata["skipped"]))
+        return Rows(tuple(described["ids"]), features, described["skipped"])
 
     def read(self) -> Rows:
         """Reads all rows; `StoreError` if a part is missing or damaged."""
@@ -158,10 +183,10 @@ def damaged_parts(directory: Path) -> list[Path]:
     ]
 
 
-def _metadata(data: bytes) -> dict[str, str]:
+def _describe(data: bytes) -> dict[str, Any]:
     size = int.from_bytes(data[:8], "little")
-    header: dict[str, dict[str, str]] = json.loads(data[8 : 8 + size])
-    return header["__metadata__"]
+    described: dict[str, Any] = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_ROWS])
+    return described
 
 
 def align(stores: Sequence[Rows]) -> None:

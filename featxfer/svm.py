@@ -109,8 +109,9 @@ def train_svms(
         labels: `(n, classes)` in {1, 0, -1}; 0: only difficult instances.
         protocol: see `PROTOCOLS`.
         seed: of LIBLINEAR's coordinate order.
-        jobs: classes at a time, in threads (LIBLINEAR releases the interpreter's lock).
-        callback: called with the class index when a class is done, from any thread.
+        jobs: classes at a time, each in a process of its own: LIBLINEAR's random state is one a
+            process, so threads would change each other's results.
+        callback: called with the class index when a class is done, in order.
 
     Raises:
         ValueError: other shapes, NaN or infinity (the row is named), a class with fewer positive
@@ -126,19 +127,14 @@ def train_svms(
     scaled = _scale(rows, protocol)
     for column in range(labels.shape[1]):
         _check_class(labels[:, column], protocol, column)
-
-    def train(column: int) -> tuple[Matrix, float, float, int, int]:
-        result = _train_class(scaled, labels[:, column], protocol, seed)
+    trained = []
+    for result in Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(_train_class)(scaled, labels[:, column], protocol, seed)
+        for column in range(labels.shape[1])
+    ):
+        trained.append(result)
         if callback is not None:
-            callback(column)
-        return result
-
-    with warnings.catch_warnings():
-        # Counted by n_iter_ instead: LinearSVMs.unconverged.
-        warnings.filterwarnings("ignore", message="Liblinear failed to converge")
-        trained = Parallel(n_jobs=jobs, prefer="threads", require="sharedmem")(
-            delayed(train)(column) for column in range(labels.shape[1])
-        )
+            callback(len(trained) - 1)
     coef, intercept, costs, unconverged, fits = zip(*trained, strict=True)
     return LinearSVMs(
         protocol, np.stack(coef), np.array(intercept), costs, sum(unconverged), sum(fits)
@@ -225,5 +221,9 @@ def _fit(
         dual=True,
         max_iter=protocol.max_iter,
         random_state=seed,
-    ).fit(rows, targets)
+    )
+    with warnings.catch_warnings():
+        # Counted instead: LinearSVMs.unconverged.
+        warnings.filterwarnings("ignore", message="Liblinear failed to converge")
+        model.fit(rows, targets)
     return model, model.n_iter_ >= protocol.max_iter

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featxfer._checks import ArrayLike, as_features, check_integer
+from featxfer.head import FeatureTransferHead
+from featxfer.pseudo_labels import Clustering, pseudo_labels
 
 
 class DivergenceError(ArithmeticError):
@@ -43,7 +45,7 @@ class Recipe:
 
     epochs: int = 30
     batch_size: int = 128
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     momentum: float = 0.9
     weight_decay: float = 5e-4
     steps: tuple[float, ...] = (0.5, 0.75)
@@ -64,7 +66,7 @@ class Recipe:
 
     def learning_rate_at(self, epoch: int) -> float:
         """The learning rate of epoch 0, 1, ..."""
-        passed = sum(epoch >= round(step * self.epochs) for step in self.steps)
+        passed = sum(epoch >= step * self.epochs for step in self.steps)
         return self.learning_rate * self.gamma**passed
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,3 +187,34 @@ class PseudoLabelTrainer:
             )
         accuracy = int(torch.stack(right).sum()) / len(rows)
         return EpochLog(epoch, mean_loss, accuracy, rate, time.perf_counter() - start)
+
+
+def fit_head(
+    head: FeatureTransferHead,
+    hr: ArrayLike,
+    lr: ArrayLike,
+    clustering: Clustering,
+    *,
+    labels: str = "nearest",
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    callback: Callable[[EpochLog], object] | None = None,
+) -> list[EpochLog]:
+    """Trains a head on the pseudo-labels of a clustering and leaves the centroids in it.
+
+    Args:
+        head: with k outputs; its input statistics are as the caller set them.
+        hr: HR features `(n, d)`, scaled as those that were clustered.
+        lr: LR features `(n, d)` of the same images, scaled alike.
+        clustering: of the HR features, k clusters.
+        labels: "nearest" (the paper) or "paired", see `pseudo_labels`.
+        recipe: see `Recipe`.
+        seed: of the order of the rows.
+        callback: see `PseudoLabelTrainer.fit`.
+
+    Raises:
+        ValueError, DivergenceError: as `pseudo_labels` and `PseudoLabelTrainer.fit`.
+    """
+    targets = pseudo_labels(hr, lr, clustering.centroids, labels)
+    head.set_centroids(clustering.centroids)
+    return PseudoLabelTrainer(head, recipe, seed=seed).fit(lr, targets, callback=callback)

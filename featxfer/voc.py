@@ -53,6 +53,9 @@ class VOCDevkit:
         ids = tuple(path.read_text(encoding="utf-8").split())
         if not ids:
             raise DevkitError(f"split: {path} is empty, wanted one image name a line")
+        for name in ids:
+            if Path(name).name != name:
+                raise DevkitError(f"split: {path} has {name!r}, wanted an image name, no path")
         return ids
 
     def labels(self, split: str) -> Labels:

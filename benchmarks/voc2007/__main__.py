@@ -48,7 +48,7 @@ def _sizes(_: Any, __: Any, value: str) -> tuple[int, ...]:
 @click.option("--kmeans", default="faiss", help="faiss, sklearn.")
 @click.option("--epochs", default=30)
 @click.option("--batch-size", default=128)
-@click.option("--learning-rate", default=0.01)
+@click.option("--learning-rate", default=0.03)
 @click.option("--weight-decay", default=5e-4)
 @click.option("--on-error", default="raise", help="At an unreadable image: raise or skip.")
 @click.option("--jobs", default=os.cpu_count() or 1, help="SVMs at a time.")

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.voc2007.options import Options
-from benchmarks.voc2007.sample import render_sample
+from benchmarks.voc2007.sample_devkit import render_sample
 from featxfer import Backbone, Features, VOCDevkit, extract_features
 from featxfer.voc import Labels
 

@@ -20,12 +20,11 @@ from featxfer import (
     Card,
     Degradation,
     FeatureTransferHead,
-    PseudoLabelTrainer,
     centroid_scores,
     diagnose,
+    fit_head,
     kmeans,
     load_head,
-    pseudo_labels,
     save_head,
     scale_features,
 )
@@ -124,15 +123,20 @@ class Transfer:
         return folder
 
     def _train(self, sizes: Sizes, seed: int, folder: Path, key: dict[str, Any]) -> None:
-        clustering = self.clustering(sizes.clusters, seed)
-        labels = pseudo_labels(self.hr, self.lr, clustering.centroids, sizes.labels)
         head = self.untrained_head(sizes, seed)
-        head.set_centroids(clustering.centroids)
         recipe = self.network.recipe
         name = f"head {sizes.labels} k={sizes.clusters} N1={sizes.hidden} seed={seed}"
         with tqdm(total=recipe.epochs, desc=name, unit="epoch", disable=None, leave=False) as bar:
-            trainer = PseudoLabelTrainer(head, recipe, seed=seed)
-            log = trainer.fit(self.lr, labels, callback=lambda _: bar.update())
+            log = fit_head(
+                head,
+                self.hr,
+                self.lr,
+                self.clustering(sizes.clusters, seed),
+                labels=sizes.labels,
+                recipe=recipe,
+                seed=seed,
+                callback=lambda _: bar.update(),
+            )
         details = {**key, "log": [dataclasses.asdict(epoch) for epoch in log]}
         save_head(head, folder, Card(*self._card, details))
 

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from benchmarks.memo import Memo, hash_key
@@ -185,7 +186,6 @@ def gaps(values: list[float], lr: float, hr: float) -> dict[str, Any] | None:
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that figures depend on."""
     names = [
-        "torch",
         "torchvision",
         "timm",
         "numpy",
@@ -201,5 +201,6 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "featxfer": own,
+        "torch": torch.__version__,
         **{name: version(name) for name in names},
     }

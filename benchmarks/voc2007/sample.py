@@ -1,4 +1,4 @@
-"""A small synthetic data set in the layout of the PASCAL VOC2007 devkit.
+"""The synthetic sample: what its images show, and how they are painted.
 
 Nothing here is a photograph and nothing comes from VOC: every image is drawn by this module.
 The set is the default data of a benchmark that measures what image classification loses at a
@@ -8,14 +8,11 @@ and gone in one of 32 px, where the shape partly survives; colour tells nothing 
 Scores on this data say nothing about scores on VOC2007.
 """
 
-import io
-import json
+from __future__ import annotations
+
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +24,6 @@ SHAPES = ("disc", "triangle", "star", "cross", "ring")
 TEXTURES = ("striped", "dotted", "checked", "wavy")
 CLASSES: tuple[str, ...] = tuple(f"{texture}_{shape}" for shape in SHAPES for texture in TEXTURES)
 
-FORMAT = 1
-SPLITS = ("trainval", "test")
 COUNTS = (3, 1, 2, 2)  # clear objects of image i: COUNTS[i % 4]
 EXTRA_CHANCE = 0.3  # share of images with one more object, a difficult one
 OCCLUDED_CHANCE = 0.35  # share of clear objects with something drawn over a part of them
@@ -37,7 +32,7 @@ PERIOD = (8 / 224, 10 / 224)  # of a texture, in sides of the image
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One object to draw: the index of its class, and "clear", or the reason it is difficult."""
 
     label: int
@@ -45,10 +40,10 @@ class _Item:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class Drawn:
     """One object as drawn: its item, and its box xmin, ymin, xmax, ymax, 1-based and inclusive."""
 
-    item: _Item
+    item: Item
     truncated: bool
     box: tuple[int, int, int, int]
 
@@ -61,7 +56,7 @@ class _Patch:
     u: Array
     v: Array
 
-    def turned(self, angle: float) -> "_Patch":
+    def turned(self, angle: float) -> _Patch:
         """The same pixels with the coordinates turned by angle in radians."""
         cos, sin = math.cos(angle), math.sin(angle)
         return _Patch(self.where, self.u * cos + self.v * sin, self.v * cos - self.u * sin)
@@ -109,17 +104,17 @@ def _cross(x: Array, y: Array) -> Array:
 
 
 _SHAPE: dict[str, Callable[[Array, Array], Array]] = {
-    "disc": lambda x, y: np.hypot(x, y) - 0.9,
+    "disc": lambda x, y: np.asarray(np.hypot(x, y) - 0.9, np.float32),
     "triangle": lambda x, y: _star(x, y, 3, 0.5),
     "star": lambda x, y: _star(x, y, 5, 0.42),
     "cross": _cross,
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.28,
+    "ring": lambda x, y: np.asarray(np.abs(np.hypot(x, y) - 0.72) - 0.28, np.float32),
 }
 
 # Each takes coordinates in radians, 2 pi a period, and gives a wave that crosses 0 at its edges.
 _TEXTURE: dict[str, Callable[[Array, Array], Array]] = {
     "striped": lambda u, v: np.sin(u),
-    "dotted": lambda u, v: np.cos(u) + np.cos(v) - 0.5,
+    "dotted": lambda u, v: np.asarray(np.cos(u) + np.cos(v) - 0.5, np.float32),
     "checked": lambda u, v: np.sin(u * 0.6) * np.sin(v * 0.6) * 1.5,
     "wavy": lambda u, v: np.sin(u + 1.6 * np.sin(v * 0.6)),
 }
@@ -182,9 +177,9 @@ def _occlude(
 
 
 def _object(
-    rng: np.random.Generator, canvas: _Canvas, item: _Item, place: tuple[float, float, float]
+    rng: np.random.Generator, canvas: _Canvas, item: Item, place: tuple[float, float, float]
 ) -> float:
-    """Draw item at place (x, y, radius), maybe with an occluder; return its unhidden area in pixels."""
+    """Draw item at place (x, y, radius), maybe occluded; return its unhidden area in pixels."""
     x, y, radius = place
     radius *= 0.4 if item.kind == "small" else 1.0
     texture, shape = CLASSES[item.label].split("_")
@@ -219,21 +214,21 @@ def _places(
     return places
 
 
-def _items(seed: int, split: int, index: int) -> list[_Item]:
+def deal_items(seed: int, split: int, index: int) -> list[Item]:
     """What image index of the split shows; its clear objects are dealt from shuffled decks."""
     rng = np.random.default_rng([seed, split, 0, index])
     slot = index // len(COUNTS) * sum(COUNTS) + sum(COUNTS[: index % len(COUNTS)])
     items = []
     for card in range(slot, slot + COUNTS[index % len(COUNTS)]):
         deck = np.random.default_rng([seed, split, 1, card // len(CLASSES)])
-        items.append(_Item(int(deck.permutation(len(CLASSES))[card % len(CLASSES)]), "clear"))
+        items.append(Item(int(deck.permutation(len(CLASSES))[card % len(CLASSES)]), "clear"))
     if rng.random() < EXTRA_CHANCE:
         kind = "small" if rng.random() < 0.5 else "hidden"
-        items.append(_Item(int(rng.integers(len(CLASSES))), kind))
+        items.append(Item(int(rng.integers(len(CLASSES))), kind))
     return items
 
 
-def _draw(rng: np.random.Generator, items: list[_Item]) -> tuple[Image.Image, list[_Drawn]]:
+def draw(rng: np.random.Generator, items: list[Item]) -> tuple[Image.Image, list[Drawn]]:
     """Paint one image with these items, and say where they are in it."""
     width, height = (int(side) for side in rng.integers(300, 501, 2))
     canvas = _Canvas(_background(rng, (width, height)), [])
@@ -250,122 +245,5 @@ def _draw(rng: np.random.Generator, items: list[_Item]) -> tuple[Image.Image, li
         cut = min(left, top) == 0 or right == width - 1 or bottom == height - 1
         cut = bool(cut or seen.sum() < 0.95 * area)
         box = (int(left) + 1, int(top) + 1, int(right) + 1, int(bottom) + 1)
-        drawn.append(_Drawn(item, cut, box))
+        drawn.append(Drawn(item, cut, box))
     return Image.fromarray(pixels.astype(np.uint8)), drawn
-
-
-def _annotation(name: str, size: tuple[int, int], drawn: list[_Drawn]) -> bytes:
-    """The VOC annotation of one image, as XML."""
-    root = ElementTree.Element("annotation")
-
-    def add(parent: ElementTree.Element, **fields: object) -> None:
-        for tag, value in fields.items():
-            ElementTree.SubElement(parent, tag).text = str(value)
-
-    add(root, folder="VOC2007", filename=f"{name}.jpg")
-    add(ElementTree.SubElement(root, "source"), database="featxfer synthetic sample")
-    add(ElementTree.SubElement(root, "size"), width=size[0], height=size[1], depth=3)
-    add(root, segmented=0)
-    for one in drawn:
-        node = ElementTree.SubElement(root, "object")
-        add(node, name=CLASSES[one.item.label], pose="Unspecified", truncated=int(one.truncated))
-        add(node, difficult=int(one.item.kind != "clear"))
-        corners = zip(("xmin", "ymin", "xmax", "ymax"), one.box, strict=True)
-        add(ElementTree.SubElement(node, "bndbox"), **dict(corners))
-    ElementTree.indent(root, "\t")
-    return ElementTree.tostring(root) + b"\n"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _render(folder: Path, name: str, seed: int, split: int, index: int) -> None:
-    """Write one image and then its annotation, unless both are there."""
-    photo, notes = folder / f"JPEGImages/{name}.jpg", folder / f"Annotations/{name}.xml"
-    if photo.exists() and notes.exists():
-        return
-    rng = np.random.default_rng([seed, split, 2, index])
-    image, drawn = _draw(rng, _items(seed, split, index))
-    encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=90)
-    _write(photo, encoded.getvalue())
-    _write(notes, _annotation(name, image.size, drawn))
-
-
-def _write_sets(folder: Path, names: dict[str, list[str]], seed: int) -> None:
-    """Write the image lists of every split and class."""
-    main = folder / "ImageSets/Main"
-    for number, split in enumerate(SPLITS):
-        items = [_items(seed, number, index) for index in range(len(names[split]))]
-        _write(main / f"{split}.txt", "".join(f"{name}\n" for name in names[split]).encode())
-        for label, title in enumerate(CLASSES):
-            lines = ""
-            for name, shown in zip(names[split], items, strict=True):
-                kinds = {item.kind for item in shown if item.label == label}
-                lines += f"{name} {1 if 'clear' in kinds else 0 if kinds else -1:2d}\n"
-            _write(main / f"{title}_{split}.txt", lines.encode())
-
-
-def _read(path: Path) -> object:
-    """The parameters a marker file holds, or None where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _prepare(folder: Path, parameters: dict[str, int]) -> None:
-    """Leave in folder only images with these parameters, and a marker that says so."""
-    done, partial = folder / "sample.json", folder / "sample.partial.json"
-    if done.exists():
-        os.replace(done, partial)
-    if not partial.exists() and folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"root: {folder} holds something other than this sample")
-    if _read(partial) != parameters:
-        for part in ("JPEGImages/*.jpg", "Annotations/*.xml", "ImageSets/Main/*.txt"):
-            for path in folder.glob(part):
-                path.unlink()
-        _write(partial, json.dumps(parameters).encode())
-
-
-def render_sample(
-    root: Path,
-    *,
-    trainval: int = 500,
-    test: int = 400,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Render the sample into root/VOCdevkit/VOC2007 and return that folder.
-
-    trainval and test count images, of 300 to 500 px a side; every class has a clear object in a
-    split of 12 images or more.  The same arguments give the same bytes (under one version of
-    numpy and Pillow), and an image depends only on seed, its split and its place there.  progress
-    is called after each image with the number done and the total.  A finished sample with the
-    same arguments is left untouched, an unfinished one is completed, and one with other arguments
-    is replaced.  Raises ValueError for a count under 1 or a negative seed, and FileExistsError
-    where the folder holds anything but a sample.
-    """
-    parameters = {"format": FORMAT, "seed": seed, "trainval": trainval, "test": test}
-    for argument, least in (("trainval", 1), ("test", 1), ("seed", 0)):
-        if parameters[argument] < least:
-            raise ValueError(f"{argument}: got {parameters[argument]}, wanted an int >= {least}")
-    folder = root / "VOCdevkit" / "VOC2007"
-    if _read(folder / "sample.json") == parameters:
-        return folder
-    _prepare(folder, parameters)
-    names = [f"{number:06d}" for number in range(1, trainval + test + 1)]
-    jobs = [(0, index) for index in range(trainval)] + [(1, index) for index in range(test)]
-    for count, (name, (split, index)) in enumerate(zip(names, jobs, strict=True), 1):
-        _render(folder, name, seed, split, index)
-        if progress is not None:
-            progress(count, len(jobs))
-    _write_sets(folder, {"trainval": names[:trainval], "test": names[trainval:]}, seed)
-    _write(folder / "sample.json", json.dumps(parameters).encode())
-    (folder / "sample.partial.json").unlink(missing_ok=True)
-    return folder

@@ -41,14 +41,14 @@ def heading(results: dict[str, Any]) -> str:
             f"{degradation['antialias']}, order {degradation['order']!r}",
             f"Seeds: {len(config['seeds'])}; AP: {config['ap']}; k = {config['clusters']}, "
             f"N1 = {config['hidden']}",
-            f"Nearest and paired pseudo-labels agree for {percent(sum(agreement) / len(agreement))}% "
-            "of the LR training images",
+            "Nearest and paired pseudo-labels agree for "
+            f"{percent(sum(agreement) / len(agreement))}% of the LR training images",
         ]
     )
 
 
 def summary(table: dict[str, Any], classes: list[str]) -> str:
-    """MAP and gap recovered of each row, with 95% intervals over seeds."""
+    """The mAP and the gap recovered of each row, with 95% intervals over seeds."""
     spread = "95% interval"
     lines = [f"{'':34}{'mAP %':>8}  {spread:<16}{'gap recovered %':>15}  {spread}"]
     for entry in table.values():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from featxfer import Backbone
-from featxfer_integrations import timm as timm_host
-from featxfer_integrations import torchvision as torchvision_host
 from featxfer_integrations._weights import BackboneError
 
 
@@ -21,7 +20,7 @@ class _Host(Protocol):
     def load(self, name: str, weights: str | Path) -> Backbone: ...
 
 
-_HOSTS: dict[str, _Host] = {"torchvision": torchvision_host, "timm": timm_host}
+_HOSTS = ("torchvision", "timm")
 
 
 def load_backbone(name: str, weights: str | Path = "pretrained") -> Backbone:
@@ -40,20 +39,28 @@ def load_backbone(name: str, weights: str | Path = "pretrained") -> Backbone:
             downloaded or read or do not fit, a model without a recognisable classifier.
     """
     host, model = _find(name)
-    return _HOSTS[host].load(model, weights)
+    return host.load(model, weights)
 
 
-def _find(name: str) -> tuple[str, str]:
+def _find(name: str) -> tuple[_Host, str]:
     wanted, _, model = name.rpartition("/")
-    for host, module in _HOSTS.items():
-        if wanted in ("", host) and module.has_model(model):
+    hosts = {host: _import_host(host) for host in _HOSTS if wanted in ("", host)}
+    for host in hosts.values():
+        if host.has_model(model):
             return host, model
-    known = {model for module in _HOSTS.values() for model in module.model_names()}
+    known = {known for host in hosts.values() for known in host.model_names()}
     nearest = difflib.get_close_matches(model, known, n=5, cutoff=0.5)
     raise BackboneError(
-        f"backbone: got {name!r}, which is no model of torchvision or timm; "
+        f"backbone: got {name!r}, which is no model of {' or '.join(hosts or _HOSTS)}; "
         f"nearest: {', '.join(nearest) or 'none'}"
     )
+
+
+def _import_host(host: str) -> _Host:
+    """The host's module: only now, so that a host that is not used need not be imported."""
+    module: Any = importlib.import_module(f"featxfer_integrations.{host}")
+    found: _Host = module
+    return found
 
 
 __all__ = ["BackboneError", "load_backbone"]

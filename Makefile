@@ -1,0 +1,20 @@
+PYTHON ?= .venv/bin/python
+
+.PHONY: check test coverage slow clean
+
+check:  ## format, lint, import arrow, types: what CI and pre-commit share
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest
+
+coverage:
+	$(PYTHON) -m pytest --cov --cov-report=term-missing
+
+slow:  ## the minutes-long tests too
+	$(PYTHON) -m pytest -m "slow or not slow"
+
+clean:
+	rm -rf build dist .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,58 @@
+"""Train the paper's head on a folder of unlabelled HR images, save it, load it, use it.
+
+python examples/train_head.py photos/ head/ --backbone tf_efficientnet_lite0 --weights demo
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from featxfer import (
+    Card,
+    Degradation,
+    FeatureTransferHead,
+    diagnose,
+    extract_features,
+    fit_head,
+    kmeans,
+    load_head,
+    open_images,
+    save_head,
+    scale_features,
+)
+from featxfer_integrations import load_backbone
+
+
+@click.command()
+@click.argument("images", type=Path)
+@click.argument("out", type=Path)
+@click.option("--backbone", default="resnet101")
+@click.option("--weights", default="pretrained")
+@click.option("--clusters", default=100)
+@click.option("--cache", type=Path, default=Path("cache"))
+def main(images: Path, out: Path, backbone: str, weights: str, clusters: int, cache: Path) -> None:
+    """Images to features, features to pseudo-labels, pseudo-labels to a head on disk."""
+    frozen, degradation = load_backbone(backbone, weights), Degradation(lr_size=32)
+    features = extract_features(frozen, open_images(images), degradation, cache)
+    hr, lr = scale_features(features.hr, "l2"), scale_features(features.lr, "l2")
+
+    clustering = kmeans(hr, clusters, seed=0)
+    agreement = diagnose(hr, lr, clustering.centroids).agreement
+    print(f"nearest and paired labels agree for {agreement:.0%} of {len(lr)} images")
+
+    head = FeatureTransferHead(lr.shape[1], clusters, seed=0)
+    head.set_input_statistics(lr)
+    log = fit_head(head, hr, lr, clustering, labels="nearest", seed=0)
+    print(
+        f"loss {log[0].loss:.2f} -> {log[-1].loss:.2f}, labels {log[-1].label_accuracy:.0%} right"
+    )
+
+    save_head(head, out, Card(frozen.name, frozen.weights_sha256, degradation))
+    head, card = load_head(out, backbone_sha256=frozen.weights_sha256)
+    print(f"{out}: {tuple(head.transfer(lr).shape)} features for {card.degradation.lr_size} pixels")
+
+
+if __name__ == "__main__":
+    main()

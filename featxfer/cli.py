@@ -1,0 +1,162 @@
+"""The `featxfer` command: each stage of the data flow from the saved output of the one before."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+PACKAGES = ("featxfer", "torch", "torchvision", "timm", "numpy", "faiss-cpu", "scikit-learn")
+
+
+class _Commands(click.Group):
+    """Commands of this module and of the entry points "featxfer.commands"; errors in one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, sorted."""
+        plugged = {entry.name for entry in entry_points(group="featxfer.commands")}
+        return sorted({*super().list_commands(ctx), *plugged})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command by name; a plugged one is imported now."""
+        for entry in entry_points(group="featxfer.commands", name=cmd_name):
+            command: click.Command = entry.load()
+            return command
+        return super().get_command(ctx, cmd_name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; what callers can mend is told without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+            if isinstance(error, click.exceptions.Exit):
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"show_default": True})
+@click.version_option(package_name="featxfer")
+def main() -> None:
+    """Label-free feature transfer for low-resolution images."""
+
+
+@main.command()
+def env() -> None:
+    """Print the versions that results depend on."""
+    import platform
+
+    click.echo(f"python {platform.python_version()}")
+    for name in PACKAGES:
+        try:
+            click.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            click.echo(f"{name} not installed")
+
+
+@main.command()
+@click.argument("hr", type=Path)
+@click.argument("lr", type=Path)
+@click.option("--out", type=Path, required=True, help="Folder of the trained head.")
+@click.option("--clusters", default=100, help="k, the paper's N2.")
+@click.option("--hidden", default=4096, help="The paper's N1.")
+@click.option("--labels", default="nearest", help="nearest (the paper) or paired.")
+@click.option("--scaling", default="l2", help="Before k-means and network: none, l2.")
+@click.option("--seed", default=0)
+def fit(
+    hr: Path, lr: Path, out: Path, clusters: int, hidden: int, labels: str, scaling: str, seed: int
+) -> None:
+    """Train a head from two feature stores, HR and LR, of the same images."""
+    import dataclasses
+
+    from featxfer import (
+        Card,
+        Degradation,
+        FeatureStore,
+        FeatureTransferHead,
+        diagnose,
+        fit_head,
+        kmeans,
+        save_head,
+        scale_features,
+    )
+    from featxfer.store import align
+
+    stores = [FeatureStore.open(folder) for folder in (hr, lr)]
+    rows = [store.read() for store in stores]
+    align(rows)
+    manifest = stores[1].manifest
+    degradation = Degradation.from_dict({k: v for k, v in manifest.view.items() if k != "view"})
+    hr_rows, lr_rows = (scale_features(part.features, scaling) for part in rows)
+    clustering = kmeans(hr_rows, clusters, seed=seed)
+    diagnostics = diagnose(hr_rows, lr_rows, clustering.centroids).summary()
+    click.echo(json.dumps(diagnostics, indent=1))
+    head = FeatureTransferHead(lr_rows.shape[1], clusters, hidden, seed=seed)
+    head.set_input_statistics(lr_rows)
+    log = fit_head(head, hr_rows, lr_rows, clustering, labels=labels, seed=seed)
+    details = {
+        "scaling": scaling,
+        "labels": labels,
+        "seed": seed,
+        "images": len(lr_rows),
+        "diagnostics": diagnostics,
+        "log": [dataclasses.asdict(epoch) for epoch in log],
+    }
+    card = Card(manifest.backbone, manifest.weights_sha256, degradation, details)
+    click.echo(f"Wrote {save_head(head, out, card)}")
+
+
+@main.command()
+@click.argument("head", type=Path)
+def show(head: Path) -> None:
+    """Check a saved head and print its card."""
+    from featxfer.artifact import CARD, load_head
+
+    load_head(head)
+    click.echo((head / CARD).read_text(encoding="utf-8"), nl=False)
+
+
+@main.group()
+def cache() -> None:
+    """Look after a folder of feature stores."""
+
+
+@cache.command("list")
+@click.argument("folder", type=Path)
+def list_stores(folder: Path) -> None:
+    """List the stores in FOLDER with their backbone and how complete they are."""
+    from featxfer import FeatureStore
+
+    for path in _stores(folder):
+        store = FeatureStore.open(path)
+        done = store.part_count - len(store.missing_parts())
+        click.echo(
+            f"{path.name}  {store.manifest.backbone}  {store.manifest.image_count} images  "
+            f"{done} of {store.part_count} parts"
+        )
+
+
+@cache.command()
+@click.argument("folder", type=Path)
+def verify(folder: Path) -> None:
+    """Read every byte of the stores in FOLDER; exit 1 and name the parts that are damaged."""
+    from featxfer.store import damaged_parts
+
+    stores = _stores(folder)
+    damaged = [part for path in stores for part in damaged_parts(path)]
+    for part in damaged:
+        click.echo(f"damaged: {part}; delete it and run again to compute it anew")
+    click.echo(f"{len(stores)} stores, {len(damaged)} damaged parts")
+    raise SystemExit(bool(damaged))
+
+
+def _stores(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    return sorted(path.parent for path in folder.glob("**/manifest.json"))
+
+
+if __name__ == "__main__":
+    main()

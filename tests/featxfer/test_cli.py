@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from click.testing import CliRunner
+
+from featxfer.cli import main
+
+
+def run(*arguments: str | Path, code: int = 0) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def stores(image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """HR and LR stores of ten images, by the extract command of the integrations."""
+    torch.manual_seed(0)
+    weights = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), weights)
+    output = run(
+        "extract", image_folder, "--backbone", "timm/test_resnet", "--weights", weights,
+        "--cache", tmp_path / "cache",
+    )  # fmt: skip
+    lines = output.splitlines()
+    assert lines[0] == "10 images, 96 features"
+    return Path(lines[1]), Path(lines[2])
+
+
+def test_extract_fit_and_show(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "head"
+    output = run("fit", *stores, "--clusters", "3", "--hidden", "8", "--out", out)
+    assert '"agreement"' in output
+    assert f"Wrote {out}" in output
+    card = json.loads(run("show", out))
+    assert card["head"]["in_features"] == 96
+    assert card["degradation"]["lr_size"] == 32
+    assert card["backbone"] == "timm/test_resnet"
+
+
+def test_cache_list_and_verify(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    assert run("cache", "list", tmp_path / "cache").count("10 images  1 of 1 parts") == 2
+    assert "2 stores, 0 damaged parts" in run("cache", "verify", tmp_path / "cache")
+    part = next(stores[0].glob("part-*"))
+    part.write_bytes(part.read_bytes()[:-1])
+    assert f"damaged: {part}" in run("cache", "verify", tmp_path / "cache", code=1)
+
+
+def test_env_names_the_versions() -> None:
+    assert f"torch {torch.__version__.split('+')[0]}" in run("env")
+
+
+def test_errors_are_one_line(stores: tuple[Path, Path], tmp_path: Path) -> None:
+    output = run("fit", *stores, "--clusters", "99", "--out", tmp_path / "head", code=1)
+    assert output == "Error: k: got 99 clusters for 10 features, wanted at most 10\n"
+    assert not (tmp_path / "head").exists()
+    assert "Error: head: no card.json in" in run("show", tmp_path / "none", code=1)
+    assert "is not a folder" in run("cache", "verify", tmp_path / "none", code=1)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featxfer import Degradation
+
+IMAGE = torch.randint(0, 256, (3, 91, 133), dtype=torch.uint8, generator=torch.manual_seed(0))
+
+
+def pil_resize(image: torch.Tensor, size: int) -> torch.Tensor:
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    return torch.from_numpy(
+        np.array(picture.resize((size, size), Image.Resampling.BICUBIC))
+    ).permute(2, 0, 1)
+
+
+def assert_near(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal but for rounding: PIL rounds its weights, torch's kernel too, in other places."""
+    assert got.dtype == torch.uint8
+    assert (got.int() - wanted.int()).abs().max() <= 2
+
+
+def test_views_are_the_papers() -> None:
+    degradation = Degradation()
+    assert_near(degradation.hr(IMAGE), pil_resize(IMAGE, 224))
+    assert_near(degradation.lr(IMAGE), pil_resize(pil_resize(IMAGE, 32), 224))
+
+
+def test_order_hr_takes_the_small_image_from_the_hr_image() -> None:
+    degradation = Degradation(order="hr")
+    assert_near(degradation.lr(IMAGE), pil_resize(pil_resize(pil_resize(IMAGE, 224), 32), 224))
+    assert not torch.equal(degradation.lr(IMAGE), Degradation().lr(IMAGE))
+
+
+@pytest.mark.parametrize(
+    "degradation",
+    [
+        Degradation(),
+        Degradation(96, 16, "bilinear", False, "hr"),
+        Degradation(64, 64, "nearest", antialias=False),
+    ],
+)
+def test_round_trips_through_json(degradation: Degradation) -> None:
+    assert Degradation.from_json(degradation.to_json()) == degradation
+    assert degradation.lr(IMAGE).shape == (3, degradation.hr_size, degradation.hr_size)
+
+
+def test_antialias_matters_when_shrinking() -> None:
+    assert not torch.equal(Degradation(antialias=False).lr(IMAGE), Degradation().lr(IMAGE))
+
+
+def test_the_hr_view_does_not_depend_on_the_lr_size() -> None:
+    small, large = Degradation(lr_size=16), Degradation(lr_size=64, order="hr")
+    assert small.describe_view("hr") == large.describe_view("hr")
+    assert small.describe_view("lr") != large.describe_view("lr")
+    assert torch.equal(small.hr(IMAGE), large.hr(IMAGE))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr_size": 0}, "lr_size: got 0, wanted an int >= 1"),
+        ({"hr_size": 2.5}, "hr_size: got 2.5, wanted an int >= 1"),
+        ({"lr_size": 225}, "lr_size: got 225, wanted at most hr_size=224"),
+        (
+            {"kernel": "cubic"},
+            "kernel: got 'cubic', wanted one of 'bicubic', 'bilinear', 'nearest'",
+        ),
+        ({"order": "lr"}, "order: got 'lr', wanted one of 'original', 'hr'"),
+        ({"antialias": 1}, "antialias: got 1, wanted True or False"),
+        ({"kernel": "nearest"}, "antialias: got True with kernel 'nearest'"),
+    ],
+)
+def test_bad_values_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Degradation(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "degradation: got list, wanted a JSON object"),
+        ("{}", "resize: got None, wanted 'torch.nn"),
+        (json.dumps({"resize": Degradation.RESIZE}), "degradation: got fields"),
+    ],
+)
+def test_other_json_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Degradation.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "image", [torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(4, 4)]
+)
+def test_other_images_are_refused(image: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"image: got .* wanted uint8 \(3, h, w\)"):
+        Degradation().hr(image)

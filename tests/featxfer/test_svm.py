@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import cross_val_score
+from sklearn.svm import LinearSVC
+
+from featxfer import PROTOCOLS, average_precisions, train_svms
+from featxfer.svm import Protocol
+
+RNG = np.random.default_rng(0)
+ROWS = torch.from_numpy(RNG.normal(size=(90, 6)).astype(np.float32))
+LABELS = np.where(
+    ROWS.numpy() @ RNG.normal(size=(6, 3)) + RNG.normal(size=(90, 3)) / 4 > 0.5, 1, -1
+)
+
+
+def test_plain_by_hand() -> None:
+    """Two points: min w^2/2 + b^2/2 + (1 - w)^2 + (1 - w)^2 has w = 4/5, b = 0."""
+    svms = train_svms(torch.tensor([[1.0], [-1.0]]), np.array([[1], [-1]]), PROTOCOLS["plain"])
+    assert svms.coef == pytest.approx(np.array([[0.8]]), abs=1e-3)
+    assert svms.intercept == pytest.approx(np.array([0.0]), abs=1e-3)
+    assert svms.decisions(torch.tensor([[2.0]])) == pytest.approx(np.array([[1.6]]), abs=2e-3)
+
+
+def test_positive_weight_and_normalisation_by_hand() -> None:
+    """Both rows have the length 3; positive errors weigh 2: a linear system in w and b."""
+    protocol = Protocol("one cost", (1.0,))
+    svms = train_svms(torch.tensor([[3.0], [-3.0]]), np.array([[1], [-1]]), protocol)
+    system = [[1 + 4 + 2, 4 - 2], [4 - 2, 1 + 4 + 2]]
+    w, b = np.linalg.solve(system, [4 + 2, 4 - 2])
+    assert svms.coef[0, 0] == pytest.approx(w, abs=2e-3)
+    assert svms.intercept[0] == pytest.approx(b, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["vissl", "virtex"])
+def test_protocols_as_their_scripts_write_them(name: str) -> None:
+    """Against scikit-learn's own cross-validation, called as those projects call it."""
+    costs = {
+        "vissl": [0.01, 0.1, 1.0, 2, 5, 10, 15, 20, 50, 100, 1000],
+        "virtex": [0.01, 0.1, 1.0, 10.0],
+    }[name]
+    rows = ROWS.double().numpy()
+    rows = rows / (np.linalg.norm(rows, axis=1)[:, None] + 1e-5)
+    svms = train_svms(ROWS, LABELS, PROTOCOLS[name])
+    assert svms.fits == LABELS.shape[1] * (len(costs) * 3 + 1)
+    for column in range(LABELS.shape[1]):
+        means = []
+        for cost in costs:
+            model = LinearSVC(
+                C=cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True, random_state=0
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                scores = cross_val_score(
+                    model, rows, LABELS[:, column], cv=3, scoring="average_precision"
+                )
+            means.append(scores.mean())
+        best = costs[int(np.argmax(means))]
+        assert svms.costs[column] == best
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = LinearSVC(
+                C=best, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True, random_state=0
+            ).fit(rows, LABELS[:, column])
+        np.testing.assert_array_equal(svms.coef[column], model.coef_[0])
+
+
+def test_difficult_images_are_negative_or_ignored_in_training() -> None:
+    labels = np.array([[1], [1], [-1], [-1], [0], [0]])
+    rows = torch.tensor([[2.0], [1.0], [-1.0], [-2.0], [5.0], [6.0]])
+    kept = train_svms(rows[:4], labels[:4], PROTOCOLS["plain"])
+    ignored = train_svms(rows, labels, PROTOCOLS["plain"])
+    np.testing.assert_array_equal(ignored.coef, kept.coef)
+    as_negative = dataclasses.replace(PROTOCOLS["plain"], difficult="negative")
+    negative = train_svms(rows, labels, as_negative)
+    written_out = train_svms(rows, np.where(labels == 0, -1, labels), PROTOCOLS["plain"])
+    np.testing.assert_array_equal(negative.coef, written_out.coef)
+    assert negative.coef[0, 0] < 0 < ignored.coef[0, 0]
+
+
+def test_difficult_images_are_dropped_at_test() -> None:
+    decisions = np.array([[3.0], [2.0], [1.0]])
+    assert average_precisions(decisions, np.array([[1], [0], [-1]])) == [1.0]
+    assert average_precisions(decisions, np.array([[0], [-1], [1]]), "step") == [0.5]
+
+
+def test_jobs_do_not_change_the_result() -> None:
+    done: list[int] = []
+    one = train_svms(ROWS, LABELS, PROTOCOLS["virtex"])
+    two = train_svms(ROWS, LABELS, PROTOCOLS["virtex"], jobs=2, callback=done.append)
+    np.testing.assert_array_equal(one.coef, two.coef)
+    assert sorted(done) == [0, 1, 2]
+
+
+def test_fits_that_stop_early_are_counted_and_not_warned_of() -> None:
+    short = dataclasses.replace(PROTOCOLS["plain"], max_iter=1)
+    assert train_svms(ROWS * 100, LABELS, short).unconverged == 3
+    assert train_svms(ROWS, LABELS, PROTOCOLS["plain"]).unconverged == 0
+
+
+def test_svms_tell_classes_apart() -> None:
+    svms = train_svms(ROWS, LABELS, PROTOCOLS["vissl"])
+    assert min(average_precisions(svms.decisions(ROWS), LABELS)) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "message"),
+    [
+        (ROWS[:5], LABELS, r"labels: got shape \(90, 3\), wanted \(5, classes\)"),
+        (ROWS, LABELS[:, 0], r"labels: got shape \(90,\), wanted \(90, classes\)"),
+        (ROWS * math.nan, LABELS, "features: row 0 has NaN"),
+        (
+            ROWS,
+            -np.ones_like(LABELS),
+            "class 0 has 0 positive rows, protocol 'vissl' wants at least 3",
+        ),
+        (ROWS, np.ones_like(LABELS), "class 0 has 0 negative rows"),
+    ],
+)
+def test_bad_input_is_named(rows: torch.Tensor, labels: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_svms(rows, labels, PROTOCOLS["vissl"])
+
+
+def test_decisions_of_another_width() -> None:
+    svms = train_svms(ROWS, LABELS, PROTOCOLS["plain"])
+    with pytest.raises(ValueError, match="features: got width 5, wanted 6"):
+        svms.decisions(ROWS[:, :5])
+    with pytest.raises(ValueError, match=r"decisions: got shape \(2, 3\)"):
+        average_precisions(np.zeros((2, 3)), LABELS)

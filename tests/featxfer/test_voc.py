@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featxfer import DevkitError, VOCDevkit
+
+CAT = {"1": "1", "2": "-1", "3": "0"}
+DOG = {"1": "-1", "2": "1", "3": "1"}
+
+
+@pytest.fixture
+def devkit(tmp_path: Path) -> Path:
+    root = tmp_path / "VOCdevkit" / "VOC2007"
+    sets = root / "ImageSets" / "Main"
+    for folder in (sets, root / "JPEGImages", root / "Annotations"):
+        folder.mkdir(parents=True)
+    for name in CAT:
+        Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(
+            root / "JPEGImages" / f"{name}.jpg"
+        )
+    (sets / "test.txt").write_text("3\n1\n2\n")
+    for name, labels in (("cat", CAT), ("dog", DOG)):
+        lines = "".join(f"{image} {label:>2}\n" for image, label in labels.items())
+        (sets / f"{name}_test.txt").write_text(lines)
+    return root
+
+
+def write_annotation(root: Path, image: str, objects: list[tuple[str, int]]) -> None:
+    body = "".join(
+        f"<object><name>{name}</name><difficult>{hard}</difficult></object>"
+        for name, hard in objects
+    )
+    (root / "Annotations" / f"{image}.xml").write_text(f"<annotation>{body}</annotation>")
+
+
+def test_labels_in_the_order_of_the_split(devkit: Path) -> None:
+    kit = VOCDevkit(devkit)
+    assert kit.classes == ("cat", "dog")
+    assert kit.ids("test") == ("3", "1", "2")
+    assert kit.labels("test").tolist() == [[0, 1], [1, -1], [-1, 1]]
+    assert kit.images("test").ids == ("3", "1", "2")
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_the_root_may_be_a_folder_above(devkit: Path, levels: int) -> None:
+    root = [devkit, *devkit.parents][levels]
+    assert VOCDevkit(root).root == devkit
+
+
+def test_labels_from_xml_where_class_files_are_missing(devkit: Path) -> None:
+    for path in (devkit / "ImageSets" / "Main").glob("*_test.txt"):
+        path.unlink()
+    write_annotation(devkit, "1", [("cat", 1), ("cat", 0)])
+    write_annotation(devkit, "2", [("dog", 0)])
+    write_annotation(devkit, "3", [("cat", 1), ("dog", 0)])
+    assert VOCDevkit(devkit).labels("test").tolist() == [[0, 1], [1, -1], [-1, 1]]
+
+
+def test_an_xml_bomb_is_refused(devkit: Path) -> None:
+    for path in (devkit / "ImageSets" / "Main").glob("*_test.txt"):
+        path.unlink()
+    (devkit / "Annotations" / "1.xml").write_text(
+        '<!DOCTYPE a [<!ENTITY b "cat"><!ENTITY c "&b;&b;">]><annotation>&c;</annotation>'
+    )
+    with pytest.raises(DevkitError, match=r"annotation .*1\.xml cannot be read"):
+        VOCDevkit(devkit).labels("test")
+
+
+def test_no_such_root() -> None:
+    with pytest.raises(FileNotFoundError, match="root: /nowhere is not a folder"):
+        VOCDevkit("/nowhere")
+
+
+def test_no_image_sets(tmp_path: Path) -> None:
+    with pytest.raises(DevkitError, match="has no ImageSets/Main and JPEGImages"):
+        VOCDevkit(tmp_path)
+
+
+def test_no_such_split(devkit: Path) -> None:
+    with pytest.raises(DevkitError, match=r"split: no .*val\.txt; there is test"):
+        VOCDevkit(devkit).ids("val")
+
+
+def test_an_empty_class(devkit: Path) -> None:
+    (devkit / "ImageSets" / "Main" / "cat_test.txt").write_text("1 -1\n2 -1\n3 0\n")
+    with pytest.raises(DevkitError, match="class 'cat' has no positive image in 'test'"):
+        VOCDevkit(devkit).labels("test")
+
+
+def test_a_malformed_line(devkit: Path) -> None:
+    (devkit / "ImageSets" / "Main" / "cat_test.txt").write_text("1 1\n2 yes\n")
+    with pytest.raises(DevkitError, match=r"cat_test\.txt:2: got '2 yes'"):
+        VOCDevkit(devkit).labels("test")
+
+
+def test_an_image_without_label(devkit: Path) -> None:
+    (devkit / "ImageSets" / "Main" / "cat_test.txt").write_text("1 1\n2 -1\n")
+    with pytest.raises(DevkitError, match=r"no line for image 3 \(1 missing\)"):
+        VOCDevkit(devkit).labels("test")
+
+
+def test_a_missing_image_is_named(devkit: Path) -> None:
+    (devkit / "JPEGImages" / "2.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2\.jpg is not a file"):
+        VOCDevkit(devkit).images("test")
+
+
+def test_names_in_a_split_are_not_used_as_paths_outside(devkit: Path) -> None:
+    (devkit / "ImageSets" / "Main" / "test.txt").write_text("../../../../etc/passwd\n")
+    with pytest.raises(DevkitError, match="wanted an image name"):
+        VOCDevkit(devkit).ids("test")

@@ -1,0 +1,64 @@
+"""The house's own rules: light import, one import arrow, no pickle."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import featxfer
+import featxfer_integrations
+
+HEAVY = ("timm", "torchvision", "faiss", "sklearn", "matplotlib")
+CORE = Path(featxfer.__file__).parent
+INTEGRATIONS = Path(featxfer_integrations.__file__).parent
+
+
+def heavy_modules_after(statement: str) -> list[str]:
+    code = f"{statement}\nimport sys\nprint(*[m for m in {HEAVY!r} if m in sys.modules])"
+    paths = f"import sys; sys.path[:0] = [{str(CORE.parent)!r}]\n"
+    run = subprocess.run(
+        [sys.executable, "-c", paths + code], capture_output=True, text=True, check=True
+    )
+    return run.stdout.split()
+
+
+def test_importing_the_core_loads_nothing_heavy() -> None:
+    assert heavy_modules_after("import featxfer") == []
+
+
+@pytest.mark.parametrize("module", ["sklearn", "torchvision"])
+def test_the_light_import_test_can_fail(module: str) -> None:
+    assert module in heavy_modules_after(f"import featxfer, {module}")
+
+
+def test_the_core_imports_no_host_and_no_user_of_it() -> None:
+    banned = re.compile(
+        r"^\s*(?:from|import) (timm|torchvision|featxfer_integrations|benchmarks|tests|examples)\b",
+        re.MULTILINE,
+    )
+    found = {path.name: banned.findall(path.read_text()) for path in CORE.rglob("*.py")}
+    assert {name: hits for name, hits in found.items() if hits} == {}
+    assert banned.findall("    from timm.data import x") == ["timm"]
+
+
+def test_no_pickle_in_the_packages() -> None:
+    pickled = re.compile(r"(?<!safetensors\.)torch\.(load|save)\(|import pickle|allow_pickle")
+    texts = [p for root in (CORE, INTEGRATIONS) for p in root.rglob("*.py")]
+    assert len(texts) > 10
+    assert [p.name for p in texts if pickled.search(p.read_text())] == []
+    assert pickled.search("x = torch.load(path)")
+
+
+def test_public_names_exist_and_are_documented() -> None:
+    for name in featxfer.__all__:
+        value = getattr(featxfer, name)
+        assert value.__doc__ or not callable(value), name
+
+
+def test_both_packages_are_typed() -> None:
+    assert (CORE / "py.typed").is_file()
+    assert (INTEGRATIONS / "py.typed").is_file()

@@ -124,7 +124,7 @@ def train_svms(
         raise ValueError(
             f"labels: got shape {labels.shape}, wanted ({len(rows)}, classes), a row a feature"
         )
-    scaled = _scale(rows, protocol)
+    scaled, basis = _rotate(_scale(rows, protocol))
     for column in range(labels.shape[1]):
         _check_class(labels[:, column], protocol, column)
     trained = []
@@ -137,7 +137,7 @@ def train_svms(
             callback(len(trained) - 1)
     coef, intercept, costs, unconverged, fits = zip(*trained, strict=True)
     return LinearSVMs(
-        protocol, np.stack(coef), np.array(intercept), costs, sum(unconverged), sum(fits)
+        protocol, np.stack(coef) @ basis, np.array(intercept), costs, sum(unconverged), sum(fits)
     )
 
 
@@ -158,6 +158,18 @@ def _scale(rows: torch.Tensor, protocol: Protocol) -> Matrix:
     if protocol.normalize:
         values /= np.linalg.norm(values, axis=1, keepdims=True) + 1e-5
     return values
+
+
+def _rotate(rows: Matrix) -> tuple[Matrix, Matrix]:
+    """Rows `(n, d)` in an orthonormal basis of their own span, `(n, r)` and `(r, d)`.
+
+    With d > n this leaves r = n columns. The solver's steps depend on the rows' inner products
+    alone, which stay as they are, so only rounding differs; `coef @ basis` is in the old basis.
+    """
+    if rows.shape[1] <= rows.shape[0]:
+        return rows, np.eye(rows.shape[1])
+    orthonormal, triangular = np.linalg.qr(rows.T)
+    return np.ascontiguousarray(triangular.T), orthonormal.T
 
 
 def _targets(

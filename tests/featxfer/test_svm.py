@@ -71,6 +71,19 @@ def test_protocols_as_their_scripts_write_them(name: str) -> None:
         np.testing.assert_array_equal(svms.coef[column], model.coef_[0])
 
 
+def test_more_columns_than_rows_by_rotation() -> None:
+    """Against LinearSVC on the columns as they are."""
+    rows = torch.from_numpy(RNG.normal(size=(40, 200)).astype(np.float32))
+    labels = LABELS[:40]
+    svms = train_svms(rows, labels, PROTOCOLS["plain"])
+    assert svms.coef.shape == (3, 200)
+    for column in range(3):
+        model = LinearSVC(C=1.0, dual=True, max_iter=10_000, random_state=0)
+        model.fit(rows.double().numpy(), labels[:, column])
+        np.testing.assert_allclose(svms.coef[column], model.coef_[0], atol=1e-9)
+        np.testing.assert_allclose(svms.intercept[column], model.intercept_[0], atol=1e-9)
+
+
 def test_difficult_images_are_negative_or_ignored_in_training() -> None:
     labels = np.array([[1], [1], [-1], [-1], [0], [0]])
     rows = torch.tensor([[2.0], [1.0], [-1.0], [-2.0], [5.0], [6.0]])

@@ -36,7 +36,11 @@ def _sizes(_: Any, __: Any, value: str) -> tuple[int, ...]:
 @click.option("--hidden", default=4096, help="The paper's N1.")
 @click.option("--labels", default="nearest", help="nearest (the paper) or paired.")
 @click.option("--seeds", default=3, help="How many.")
-@click.option("--protocol", multiple=True, default=["vissl"], help="vissl, virtex, plain; several.")
+@click.option(
+    "--protocol",
+    multiple=True,
+    help="vissl, virtex, plain; several.  [default: vissl; sample: virtex]",
+)
 @click.option("--ap", default="11point", help="11point (VOC2007), area or step.")
 @click.option("--grid", is_flag=True, help="Table 2 too.")
 @click.option("--grid-clusters", callback=_sizes, default=GRID_CLUSTERS, help="Rows of Table 2.")

@@ -68,7 +68,8 @@ def parse(given: Mapping[str, Any]) -> Options:
         hidden=given["hidden"],
         labels=given["labels"],
         seeds=given["seeds"],
-        protocols=tuple(dict.fromkeys(given["protocol"])),
+        protocols=tuple(dict.fromkeys(given["protocol"]))
+        or (("virtex",) if root is None else ("vissl",)),
         ap=given["ap"],
         network=_network(given),
         grid=(given["grid_clusters"], given["grid_hidden"]) if given["grid"] else None,

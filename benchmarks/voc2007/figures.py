@@ -54,7 +54,7 @@ def ap_bars(table: dict[str, Any], classes: list[str], protocol: str) -> bytes:
     axes.set_xlim(-0.7, len(classes) - 0.3)
     axes.set_ylabel("AP (%)")
     axes.set_title(f"Protocol {protocol}", loc="left", fontsize=9)
-    axes.legend(fontsize=7, ncols=3, loc="lower right")
+    axes.legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     return _png(figure)
 
 

@@ -71,8 +71,8 @@ def per_class(table: dict[str, Any], classes: list[str]) -> str:
     blocks = []
     for start in range(0, len(classes), CLASSES_A_BLOCK):
         part = slice(start, start + CLASSES_A_BLOCK)
-        lines = [" " * 34 + "".join(f"{name[:6]:>7}" for name in classes[part])]
-        lines += [f"{label:34}" + "".join(f"{ap:7.1f}" for ap in aps[part]) for label, aps in rows]
+        lines = [" " * 34 + "".join(f"{_short(name):>8}" for name in classes[part])]
+        lines += [f"{label:34}" + "".join(f"{ap:8.1f}" for ap in aps[part]) for label, aps in rows]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -100,6 +100,12 @@ def grid(table2: dict[str, Any], classes: list[str]) -> str:
     if classes == paper.CLASSES:
         lines += ["[1]", *(f"{k:<6}{values}" for k, values in paper.TABLE2.items())]
     return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    """At most 7 letters of a class name, from its first two words."""
+    words = name.split("_")
+    return name[:7] if len(words) == 1 else "_".join(word[:3] for word in words[:2])
 
 
 def percent(value: float) -> str:

@@ -1,8 +1,9 @@
 """featxfer: let a frozen vision backbone see low-resolution images almost as well as high ones."""
 
 from featxfer.artifact import ArtifactError, Card, load_head, save_head
+from featxfer.backbone import Backbone, Preprocessing
 from featxfer.degrade import Degradation
-from featxfer.features import Backbone, Features, Preprocessing, extract_features, scale_features
+from featxfer.features import Features, extract_features, scale_features
 from featxfer.head import FeatureTransferHead
 from featxfer.images import ImageError, Images, open_images
 from featxfer.metrics import average_precision, confidence_interval, gap_recovered

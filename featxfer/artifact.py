@@ -34,7 +34,7 @@ class Card:
 
     Args:
         backbone: the backbone's name.
-        backbone_sha256: hash of its weights (`featxfer.features.weights_sha256`).
+        backbone_sha256: hash of its weights (`featxfer.backbone.weights_sha256`).
         degradation: how the LR images were made that it was trained on.
         details: the rest, as JSON types: recipe, seeds, diagnostics, data, measured figures.
     """

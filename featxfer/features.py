@@ -3,70 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from featxfer._checks import ArrayLike, as_features, check_choice, check_integer
+from featxfer.backbone import Backbone, frozen
 from featxfer.degrade import Degradation
 from featxfer.images import ImageError, Images
 from featxfer.store import FeatureStore, Manifest, Rows, align
 
 SCALINGS = ("none", "l2")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What belongs to the weights: `(pixels / 255 - mean) / std`, and the input size if fixed.
-
-    Args:
-        mean: per RGB channel, of pixels in [0, 1].
-        std: per RGB channel, > 0.
-        input_size: the only side, in pixels, that the backbone takes; None if it takes any.
-    """
-
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    input_size: int | None = None
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 `(n, 3, h, w)` -> float32, channels last, normalised."""
-        mean, std = (
-            torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std)
-        )
-        images = pixels.to(torch.float32) / 255
-        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-@dataclass(frozen=True, eq=False)
-class Backbone:
-    """A frozen feature extractor with the preprocessing of its weights.
-
-    Args:
-        module: images `(n, 3, hr_size, hr_size)` -> pooled features `(n, d)`. It is not changed.
-        preprocessing: of its weights.
-        name: for cache keys and cards.
-        weights: where the weights are from, in words.
-    """
-
-    module: nn.Module
-    preprocessing: Preprocessing = Preprocessing()
-    name: str = "custom"
-    weights: str = "custom"
-
-    @cached_property
-    def weights_sha256(self) -> str:
-        """Hash of the module's state dict, taken at the first use."""
-        return weights_sha256(self.module)
 
 
 @dataclass(frozen=True)
@@ -152,16 +106,6 @@ def extract_features(
     return Features(rows["hr"].ids, rows["hr"].features, rows["lr"].features, skipped, keys)
 
 
-def weights_sha256(module: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a module's state dict."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def scale_features(features: ArrayLike, scaling: str) -> Tensor:
     """Rows as they come ("none") or divided by their L2 norm ("l2"): float32 `(n, d)`.
 
@@ -177,19 +121,6 @@ def scale_features(features: ArrayLike, scaling: str) -> Tensor:
         raise ValueError(f"features: row {int(norms.argmin())} is zero, wanted an L2 norm above 0")
     scaled: Tensor = rows / norms
     return scaled
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; each submodule's own mode restored after, always."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
 
 
 def software_versions() -> dict[str, str]:

@@ -35,7 +35,7 @@ class Manifest:
         view: which view of the image, and how its pixels are made
             (`Degradation.describe_view`).
         backbone: the backbone's name.
-        weights_sha256: hash of the backbone's weights (`features.weights_sha256`).
+        weights_sha256: hash of the backbone's weights (`featxfer.backbone.weights_sha256`).
         preprocessing: mean, std and what else belongs to the weights.
         precision: "fp32" or "bf16", of the backbone's arithmetic.
         images_fingerprint: `Images.fingerprint`.

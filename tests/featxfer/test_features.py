@@ -19,7 +19,7 @@ from featxfer import (
     open_images,
     scale_features,
 )
-from featxfer.features import frozen, weights_sha256
+from featxfer.backbone import frozen, weights_sha256
 
 DEGRADATION = Degradation(hr_size=32, lr_size=8)
 
@@ -139,20 +139,6 @@ def test_modes_are_restored_and_statistics_unmoved(
     assert [child.training for child in module.modules()] == [True, True, False, True, True, True]
     assert weights_sha256(module) == before
     assert all(p.grad is None and p.requires_grad for p in module.parameters())
-
-
-def test_modes_are_restored_after_an_error(backbone: Backbone) -> None:
-    backbone.module.train()
-
-    def fail_inside() -> None:
-        with frozen(backbone.module):
-            assert not any(child.training for child in backbone.module.modules())
-            assert not torch.is_grad_enabled()
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_inside()
-    assert all(child.training for child in backbone.module.modules())
 
 
 def test_a_bad_image_is_named_or_skipped_and_listed(

@@ -163,16 +163,16 @@ def _fill(
     parts = sorted(set().union(*missing.values()))
     part_rows = next(iter(stores.values())).manifest.part_rows
     ranges = {p: range(p * part_rows, min((p + 1) * part_rows, len(images))) for p in parts}
-    total = sum(map(len, ranges.values()))
+    total = sum(len(ranges[part]) for parts_of_view in missing.values() for part in parts_of_view)
     with tqdm(total=total, unit="img", desc=f"features of {backbone.name}", disable=None) as bar:
         for part, indices in ranges.items():
             makers = {view: getattr(degradation, view) for view in stores if part in missing[view]}
             views, ids, skipped = _read_views(images, indices, makers, on_error)
             for view, pixels in views.items():
-                features = _run(backbone, pixels, batch_size, precision)
+                features = _run(backbone, pixels, batch_size, precision, bar.update)
                 _check_finite(features, ids, view)
                 stores[view].write_part(part, Rows(ids, features, skipped))
-            bar.update(len(indices))
+            bar.update(len(skipped) * len(makers))
 
 
 def _read_views(
@@ -199,7 +199,13 @@ def _read_views(
     return views, tuple(ids), skipped
 
 
-def _run(backbone: Backbone, pixels: list[Tensor], batch_size: int, precision: str) -> Tensor:
+def _run(
+    backbone: Backbone,
+    pixels: list[Tensor],
+    batch_size: int,
+    precision: str,
+    advance: Callable[[int], object],
+) -> Tensor:
     if not pixels:
         return torch.empty(0, 0)
     device = next((p.device for p in backbone.module.parameters()), torch.device("cpu"))
@@ -210,9 +216,9 @@ def _run(backbone: Backbone, pixels: list[Tensor], batch_size: int, precision: s
     with frozen(backbone.module), autocast:
         for start in range(0, len(pixels), batch_size):
             batch = torch.stack(pixels[start : start + batch_size]).to(device)
-            rows.append(
-                _as_rows(backbone, backbone.module(backbone.preprocessing(batch)), len(batch))
-            )
+            output = backbone.module(backbone.preprocessing(batch))
+            rows.append(_as_rows(backbone, output, len(batch)))
+            advance(len(batch))
     return torch.cat(rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,20 @@ def test_public_names_exist_and_are_documented() -> None:
 def test_both_packages_are_typed() -> None:
     assert (CORE / "py.typed").is_file()
     assert (INTEGRATIONS / "py.typed").is_file()
+
+
+def test_one_version_everywhere() -> None:
+    root = CORE.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert project["version"] == featxfer.__version__
+    assert f"version: {featxfer.__version__}" in (root / "CITATION.cff").read_text()
+    assert f"## {featxfer.__version__}" in (root / "CHANGELOG.md").read_text()
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    """`.ci/run` takes the first line with bin/pytest: it must be the second of the two commands."""
+    lines = (CORE.parent / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("python3 -m venv"))
+    assert lines[start].endswith("-m benchmarks.voc2007")
+    assert next(line for line in lines if "bin/pytest" in line) == lines[start + 1]
+    assert lines[start + 1].startswith("python3 -m venv .venv && .venv/bin/pip install -e '.[all]'")

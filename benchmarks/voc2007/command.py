@@ -27,8 +27,7 @@ def run_command(given: Mapping[str, Any]) -> None:
         figures.require_matplotlib()
     start = time.perf_counter()
     study = open_study(options)
-    agreement = study.transfer.diagnostics(options.clusters, 0)["agreement"]
-    click.echo(f"nearest and paired pseudo-labels agree for {100 * agreement:.1f}%", err=True)
+    click.echo(tables.diagnostics(study.transfer.diagnostics(options.clusters, 0)), err=True)
     results = run(study)
     results["seconds"] = time.perf_counter() - start
     pictures = figures.draw(study, results) if options.figures else {}

@@ -20,13 +20,13 @@ from PIL import Image
 
 Array = NDArray[np.float32]
 
-SHAPES = ("disc", "triangle", "star", "cross", "ring")
-TEXTURES = ("striped", "dotted", "checked", "wavy")
+SHAPES = ("disc", "triangle", "star", "cross", "hoop")
+TEXTURES = ("striped", "dotted", "checked", "ringed")
 CLASSES: tuple[str, ...] = tuple(f"{texture}_{shape}" for shape in SHAPES for texture in TEXTURES)
 
 COUNTS = (3, 1, 2, 2)  # clear objects of image i: COUNTS[i % 4]
 EXTRA_CHANCE = 0.3  # share of images with one more object, a difficult one
-OCCLUDED_CHANCE = 0.35  # share of clear objects with something drawn over a part of them
+OCCLUDED_CHANCE = 0.3  # share of clear objects with something drawn over a part of them
 RADIUS = (0.36, 0.5)  # of a shape, in sides of its cell
 PERIOD = (8 / 224, 10 / 224)  # of a texture, in sides of the image
 
@@ -105,10 +105,10 @@ def _cross(x: Array, y: Array) -> Array:
 
 _SHAPE: dict[str, Callable[[Array, Array], Array]] = {
     "disc": lambda x, y: np.asarray(np.hypot(x, y) - 0.9, np.float32),
-    "triangle": lambda x, y: _star(x, y, 3, 0.5),
-    "star": lambda x, y: _star(x, y, 5, 0.42),
+    "triangle": lambda x, y: _star(x / 1.2, y / 1.2, 3, 0.5),
+    "star": lambda x, y: _star(x / 1.2, y / 1.2, 5, 0.5),
     "cross": _cross,
-    "ring": lambda x, y: np.asarray(np.abs(np.hypot(x, y) - 0.72) - 0.28, np.float32),
+    "hoop": lambda x, y: np.asarray(np.abs(np.hypot(x, y) - 0.72) - 0.28, np.float32),
 }
 
 # Each takes coordinates in radians, 2 pi a period, and gives a wave that crosses 0 at its edges.
@@ -116,7 +116,7 @@ _TEXTURE: dict[str, Callable[[Array, Array], Array]] = {
     "striped": lambda u, v: np.sin(u),
     "dotted": lambda u, v: np.asarray(np.cos(u) + np.cos(v) - 0.5, np.float32),
     "checked": lambda u, v: np.sin(u * 0.6) * np.sin(v * 0.6) * 1.5,
-    "wavy": lambda u, v: np.sin(u + 1.6 * np.sin(v * 0.6)),
+    "ringed": lambda u, v: np.sin(np.hypot(u, v)),
 }
 
 

@@ -47,6 +47,19 @@ def heading(results: dict[str, Any]) -> str:
     )
 
 
+def diagnostics(found: dict[str, Any]) -> str:
+    """The pseudo-labels of one seed in a line, before anything is trained on them."""
+    views = "; ".join(
+        f"{view.upper()}: {found[f'{view}_empty']} empty, {found[f'{view}_tiny']} tiny, "
+        f"{found[f'{view}_giant']} giant, entropy {found[f'{view}_entropy']:.2f}"
+        for view in ("hr", "lr")
+    )
+    return (
+        f"{found['k']} clusters, seed 0: nearest and paired pseudo-labels agree for "
+        f"{percent(found['agreement'])}% of the LR training images; {views}"
+    )
+
+
 def summary(table: dict[str, Any], classes: list[str]) -> str:
     """The mAP and the gap recovered of each row, with 95% intervals over seeds."""
     spread = "95% interval"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.versions import versions
 from featxfer._files import write_atomic
 
 
@@ -23,7 +24,11 @@ class Memo:
         self.folder = folder
 
     def get(self, key: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The value of `key`; computed, and written whole or not at all, the first time."""
+        """The value of `key` under the installed versions of packages.
+
+        Computed the first time, and then written whole or not at all.
+        """
+        key = {**key, "versions": versions()}
         path = self.folder / f"{hash_key(key)}.json"
         if not path.is_file():
             text = json.dumps({"key": key, "value": compute()}, indent=1) + "\n"

@@ -65,16 +65,14 @@ def main(**given: Any) -> None:
     Without --root, --download or --tar it runs on a synthetic sample that it renders, with weights
     of the `demo` extra. Interrupt it anywhere: the same command goes on.
     """
-    from benchmarks.voc2007.command import run_command
-
     try:
+        from benchmarks.voc2007.command import run_command
+
         run_command(given)
     except KeyboardInterrupt:
         click.echo("\nInterrupted. What is finished is kept: the same command goes on.", err=True)
         raise SystemExit(130) from None
     except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        if os.environ.get("FEATXFER_DEBUG"):
-            raise
         raise click.ClickException(str(error)) from error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,14 @@ def run_command(given: Mapping[str, Any]) -> None:
     options = parse(given)
     if options.figures:
         figures.require_matplotlib()
-    start = time.perf_counter()
     study = open_study(options)
     click.echo(tables.diagnostics(study.transfer.diagnostics(options.clusters, 0)), err=True)
     results = run(study)
-    results["seconds"] = time.perf_counter() - start
     pictures = figures.draw(study, results) if options.figures else {}
     files = {
         "results.json": json.dumps(results, indent=1) + "\n",
         "tables.txt": tables.render(results),
+        "summary.md": tables.markdown(results),
         "report.html": report.render(results, pictures),
     }
     for name, text in files.items():

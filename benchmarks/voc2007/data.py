@@ -61,8 +61,11 @@ def load_data(options: Options, devkit: VOCDevkit, backbone: Backbone) -> Data:
     return Data(devkit, options.root is None, splits[0], splits[1])
 
 
-def check_sizes(options: Options, devkit: VOCDevkit) -> None:
-    """Raises `ValueError` before the long work where it could only fail after it."""
+def check_devkit(options: Options, devkit: VOCDevkit) -> None:
+    """Raises what labels, missing images and too many clusters would raise after the long work."""
+    for split in ("trainval", "test"):
+        devkit.labels(split)
+        devkit.images(split)
     count = len(devkit.ids("trainval"))
     for k in options.cluster_counts:
         if k > count:

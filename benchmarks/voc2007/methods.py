@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.memo import hash_key
+from benchmarks.versions import versions
 from benchmarks.voc2007.data import Data
 from benchmarks.voc2007.options import Network
 from featxfer import (
@@ -116,6 +117,7 @@ class Transfer:
             "network": self.network.to_dict(),
             **dataclasses.asdict(sizes),
             "seed": seed,
+            "versions": versions(),
         }
         folder = self._heads / hash_key(key)
         if not (folder / "card.json").is_file():

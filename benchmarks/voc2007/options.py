@@ -82,7 +82,7 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """What results depend on, as JSON types; no paths of this machine."""
         return {
-            "data": "sample" if self.root is None else self.root.name,
+            "data": "sample" if self.root is None else "/".join(self.root.resolve().parts[-3:]),
             "backbone": self.backbone,
             "weights": self.weights if self.weights in ("pretrained", "demo", "random") else "file",
             "degradation": self.degradation.to_dict(),

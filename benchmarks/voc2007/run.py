@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from benchmarks.memo import Memo, hash_key
-from benchmarks.voc2007.data import Data, check_sizes, load_data, open_devkit
+from benchmarks.versions import versions
+from benchmarks.voc2007.data import Data, check_devkit, load_data, open_devkit
 from benchmarks.voc2007.methods import Row, Sizes, Transfer, table_rows
 from benchmarks.voc2007.options import Options
 from featxfer import (
@@ -51,10 +49,7 @@ class Study:
 def open_study(options: Options) -> Study:
     """Checks what can be checked early, then takes the features."""
     devkit = open_devkit(options)
-    check_sizes(options, devkit)
-    for split in ("trainval", "test"):
-        devkit.labels(split)
-        devkit.images(split)
+    check_devkit(options, devkit)
     backbone = load_backbone(options.backbone, options.weights)
     data = load_data(options, devkit, backbone)
     features = data.trainval.features
@@ -104,7 +99,6 @@ def score(study: Study, row: Row, sizes: Sizes, seed: int, protocol: str) -> dic
         "protocol": dataclasses.asdict(PROTOCOLS[protocol]),
         "features": [split.features.keys for split in splits],
         "labels": [hash_key({"labels": split.labels.tolist()}) for split in splits],
-        "scikit-learn": version("scikit-learn"),
     }
     return study.memo.get(key, lambda: _score(study, row, seed, protocol))
 
@@ -181,26 +175,3 @@ def summarise(values: list[float]) -> dict[str, Any]:
 def gaps(values: list[float], lr: float, hr: float) -> dict[str, Any] | None:
     """Gap recovered over seeds; None where HR is not above LR, so that there is no gap."""
     return summarise([gap_recovered(value, lr, hr) for value in values]) if hr > lr else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of every package that figures depend on."""
-    names = [
-        "torchvision",
-        "timm",
-        "numpy",
-        "scipy",
-        "pillow",
-        "scikit-learn",
-        "faiss-cpu",
-    ]
-    try:
-        own = version("featxfer")
-    except PackageNotFoundError:
-        own = "not installed"
-    return {
-        "python": platform.python_version(),
-        "featxfer": own,
-        "torch": torch.__version__,
-        **{name: version(name) for name in names},
-    }

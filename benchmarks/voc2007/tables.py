@@ -76,6 +76,20 @@ def summary(table: dict[str, Any], classes: list[str]) -> str:
     return "\n".join(lines)
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """MAP and gap recovered of each row under every protocol, as a Markdown table."""
+    tables = results["table1"]
+    heads = [f"{name}: mAP % | {name}: gap recovered %" for name in tables]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + 2 * len(tables)) + "|"]
+    for row, entry in next(iter(tables.values())).items():
+        cells = [entry["label"]]
+        for table in tables.values():
+            gap = table[row]["gap_recovered"]
+            cells += [plus_minus(table[row]["map"]), plus_minus(gap) if gap else "no gap"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def per_class(table: dict[str, Any], classes: list[str]) -> str:
     """AP of each class, mean over seeds, as the paper's Table 1; 20 classes a block."""
     rows = [(entry["label"], [100 * ap for ap in entry["ap"]]) for entry in table.values()]

@@ -21,10 +21,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from benchmarks.memo import Memo, hash_key
+from benchmarks.versions import versions
 from benchmarks.voc2007.command import DEMO_BACKBONE
 from benchmarks.voc2007.methods import Sizes, Transfer
 from benchmarks.voc2007.options import Network
-from benchmarks.voc2007.run import versions
 from featxfer import (
     PROTOCOLS,
     Backbone,

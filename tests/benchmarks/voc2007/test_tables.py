@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +82,32 @@ def test_the_papers_rows_average_to_its_map(row: str) -> None:
 def test_the_papers_table_2_is_whole() -> None:
     assert [len(columns) for columns in paper.TABLE2.values()] == [5] * 6
     assert paper.TABLE2[100][4096] == paper.TABLE1_MAP["nearest"]
+
+
+def test_markdown_has_a_row_a_row_and_two_columns_a_protocol() -> None:
+    row = entry("row", [0.7, 0.8])
+    results = {"table1": {"vissl": {"a": row}, "plain": {"a": {**row, "gap_recovered": None}}}}
+    lines = tables.markdown(results).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 6
+    assert lines[2] == "| row | 75.0 ± 63.5 | 25.0 ± 317.7 | 75.0 ± 63.5 | no gap |"
+
+
+RESULTS = Path(tables.__file__).parent / "results"
+
+
+@pytest.mark.parametrize("folder", sorted(p.name for p in RESULTS.glob("caltech101-*")))
+def test_committed_tables_are_those_of_the_committed_results(folder: str) -> None:
+    results = json.loads((RESULTS / folder / "results.json").read_text())
+    assert (RESULTS / folder / "tables.txt").read_text() == tables.render(results)
+    assert (RESULTS / folder / "summary.md").read_text() == tables.markdown(results)
+
+
+def test_the_readmes_tables_are_those_of_the_committed_results() -> None:
+    readme = (RESULTS.parents[2] / "README.md").read_text()
+    assert (RESULTS / "caltech101-32" / "summary.md").read_text() in readme
+    benchmark = (RESULTS.parent / "README.md").read_text()
+    for folder in ("caltech101-32", "caltech101-64"):
+        assert (RESULTS / folder / "summary.md").read_text() in benchmark
+    grid = json.loads((RESULTS / "caltech101-32-grid" / "results.json").read_text())["table2"]
+    assert tables.grid(grid, []) in benchmark
+    assert (RESULTS / "tuning" / "tuning.txt").read_text() in benchmark

@@ -1,4 +1,4 @@
-"""featxfer: let a frozen vision backbone see low-resolution images almost as well as high ones."""
+"""featxfer: label-free transfer of high-resolution features to low-resolution images."""
 
 from featxfer.artifact import ArtifactError, Card, load_head, save_head
 from featxfer.backbone import Backbone, Preprocessing

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -18,19 +20,40 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises `DiskError` with the bytes needed and the bytes free. An older `path` is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Writes several files of one folder: all are on the disk before the first is put in place.
+
+    A full disk leaves every older file as it was; errors as `write_atomic`.
+    """
+    temporaries = {
+        path: path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        for path in files
+    }
+    path = next(iter(files))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, temporary in temporaries.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_synced(temporary, files[path])
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
         _sync_directory(path.parent)
     except OSError as error:
-        raise DiskError(error.errno or errno.EIO, _explain(path, len(data), error)) from error
+        size = sum(map(len, files.values()))
+        raise DiskError(error.errno or errno.EIO, _explain(path, size, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_directory(directory: Path) -> None:

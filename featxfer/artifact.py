@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from featxfer._files import write_atomic
+from featxfer._files import write_together
 from featxfer.degrade import Degradation
 from featxfer.head import FeatureTransferHead
 
@@ -49,7 +49,8 @@ def save_head(head: FeatureTransferHead, folder: str | Path, card: Card) -> Path
     """Writes the head and its card into `folder` (made if need be), and returns it.
 
     The card holds the hash of the weights' file, so a mixed pair is found on loading. Raises
-    `DiskError` where the disk refuses, and `TypeError` for a card that is not JSON.
+    `DiskError` where the disk refuses (an older head is then as it was), and `TypeError` for a
+    card that is not JSON.
     """
     folder = Path(folder)
     weights = safetensors.torch.save({k: v.contiguous() for k, v in head.state_dict().items()})
@@ -61,8 +62,7 @@ def save_head(head: FeatureTransferHead, folder: str | Path, card: Card) -> Path
         "degradation": card.degradation.to_dict(),
     }
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    write_atomic(folder / WEIGHTS, weights)
-    write_atomic(folder / CARD, text.encode())
+    write_together({folder / WEIGHTS: weights, folder / CARD: text.encode()})
     return folder
 
 

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -44,17 +43,24 @@ class Backbone:
         preprocessing: of its weights.
         name: for cache keys and cards.
         weights: where the weights are from, in words.
+        host: the library, with its version, whose code the module is.
     """
 
     module: nn.Module
     preprocessing: Preprocessing = Preprocessing()
     name: str = "custom"
     weights: str = "custom"
+    host: str = "custom"
 
-    @cached_property
+    @property
     def weights_sha256(self) -> str:
-        """Hash of the module's state dict, taken at the first use."""
+        """Hash of the module's state dict as it is now."""
         return weights_sha256(self.module)
+
+    @property
+    def architecture_sha256(self) -> str:
+        """Hash of the module's layers as they print."""
+        return hashlib.sha256(repr(self.module).encode()).hexdigest()
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -73,7 +73,6 @@ def fit(
 
     from featxfer import (
         Card,
-        Degradation,
         FeatureStore,
         FeatureTransferHead,
         diagnose,
@@ -82,13 +81,14 @@ def fit(
         save_head,
         scale_features,
     )
+    from featxfer.features import shared_degradation
     from featxfer.store import align
 
     stores = [FeatureStore.open(folder) for folder in (hr, lr)]
     rows = [store.read() for store in stores]
     align(rows)
+    degradation = shared_degradation(*(store.manifest for store in stores))
     manifest = stores[1].manifest
-    degradation = Degradation.from_dict({k: v for k, v in manifest.view.items() if k != "view"})
     hr_rows, lr_rows = (scale_features(part.features, scaling) for part in rows)
     clustering = kmeans(hr_rows, clusters, seed=seed)
     diagnostics = diagnose(hr_rows, lr_rows, clustering.centroids).summary()
@@ -142,13 +142,18 @@ def list_stores(folder: Path) -> None:
 @click.argument("folder", type=Path)
 def verify(folder: Path) -> None:
     """Read every byte of the stores in FOLDER; exit 1 and name the parts that are damaged."""
-    from featxfer.store import damaged_parts
+    from featxfer.store import FeatureStore, StoreError, damaged_parts
 
     stores = _stores(folder)
     damaged = [part for path in stores for part in damaged_parts(path)]
+    for path in stores:
+        try:
+            FeatureStore.open(path)
+        except StoreError:
+            damaged.append(path / "manifest.json")
     for part in damaged:
         click.echo(f"damaged: {part}; delete it and run again to compute it anew")
-    click.echo(f"{len(stores)} stores, {len(damaged)} damaged parts")
+    click.echo(f"{len(stores)} stores, {len(damaged)} damaged files")
     raise SystemExit(bool(damaged))
 
 

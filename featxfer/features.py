@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,24 +86,27 @@ def extract_features(
             f"degradation: got hr_size={degradation.hr_size}, "
             f"backbone {backbone.name} wants {fixed}"
         )
+    manifest = _manifest(backbone, images, precision, part_rows)
     stores = {
         view: FeatureStore(
-            cache, _manifest(backbone, images, degradation, view, precision, part_rows)
+            cache, dataclasses.replace(manifest, view=degradation.describe_view(view))
         )
         for view in ("hr", "lr")
     }
+    for store in stores.values():
+        _forget_readable(store, images)
     _fill(stores, backbone, images, degradation, batch_size, precision, on_error)
     rows = {view: store.read() for view, store in stores.items()}
-    align(list(rows.values()))
-    skipped = dict(rows["hr"].skipped)
+    skipped = {**rows["hr"].skipped, **rows["lr"].skipped}
     if skipped and on_error == "raise":
         raise ImageError(next(iter(skipped.values())))
-    if not rows["hr"].ids:
-        raise ValueError(
-            f"images: none of {len(images)} could be read: {next(iter(skipped.values()))}"
-        )
+    hr, lr = (_without(part, skipped) for part in rows.values())
+    align([hr, lr])
+    if not hr.ids:
+        reason = next(iter(skipped.values()))
+        raise ValueError(f"images: none of {len(images)} could be read: {reason}")
     keys = {view: store.manifest.key for view, store in stores.items()}
-    return Features(rows["hr"].ids, rows["hr"].features, rows["lr"].features, skipped, keys)
+    return Features(hr.ids, hr.features, lr.features, skipped, keys)
 
 
 def scale_features(features: ArrayLike, scaling: str) -> Tensor:
@@ -123,22 +126,39 @@ def scale_features(features: ArrayLike, scaling: str) -> Tensor:
     return scaled
 
 
+def shared_degradation(hr: Manifest, lr: Manifest) -> Degradation:
+    """The degradation of an HR and an LR store that differ in their view alone.
+
+    Raises `ValueError` for two stores of other views, or of different backbones, images or
+    settings.
+    """
+    views = [manifest.view.get("view") for manifest in (hr, lr)]
+    if views != ["hr", "lr"]:
+        raise ValueError(f"hr, lr: got stores of views {views}, wanted ['hr', 'lr']")
+    degradation = Degradation.from_dict({k: v for k, v in lr.view.items() if k != "view"})
+    wanted = dataclasses.replace(lr, view=degradation.describe_view("hr"))
+    other = [
+        f.name for f in dataclasses.fields(hr) if getattr(hr, f.name) != getattr(wanted, f.name)
+    ]
+    if other:
+        raise ValueError(
+            f"hr, lr: got stores that differ in {', '.join(other)}, wanted one setting"
+        )
+    return degradation
+
+
 def software_versions() -> dict[str, str]:
     """Versions of what pixels and features depend on."""
     return {"torch": torch.__version__, "pillow": PIL.__version__, "numpy": np.__version__}
 
 
-def _manifest(
-    backbone: Backbone,
-    images: Images,
-    degradation: Degradation,
-    view: str,
-    precision: str,
-    part_rows: int,
-) -> Manifest:
+def _manifest(backbone: Backbone, images: Images, precision: str, part_rows: int) -> Manifest:
+    """The manifest of both views, but for the view."""
     return Manifest(
-        view=degradation.describe_view(view),
+        view={},
         backbone=backbone.name,
+        host=backbone.host,
+        architecture_sha256=backbone.architecture_sha256,
         weights_sha256=backbone.weights_sha256,
         preprocessing=dataclasses.asdict(backbone.preprocessing),
         precision=precision,
@@ -147,6 +167,24 @@ def _manifest(
         part_rows=part_rows,
         software=software_versions(),
     )
+
+
+def _forget_readable(store: FeatureStore, images: Images) -> None:
+    """Drops the parts that skipped an image which can be read now, so that they are computed."""
+    for index in set(range(store.part_count)) - set(store.missing_parts()):
+        for name in store.read_part(index).skipped:
+            try:
+                images.read(images.ids.index(name))
+            except ImageError:
+                continue
+            store.drop_part(index)
+            break
+
+
+def _without(rows: Rows, skipped: Mapping[str, str]) -> Rows:
+    kept = [name not in skipped for name in rows.ids]
+    ids = tuple(name for name, keep in zip(rows.ids, kept, strict=True) if keep)
+    return Rows(ids, rows.features[torch.tensor(kept, dtype=torch.bool)], skipped)
 
 
 def _fill(

@@ -121,7 +121,7 @@ class FeatureTransferHead(nn.Module):
             )
         self.centroids.copy_(rows)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def transfer(
         self, features: ArrayLike, *, layer: str = "output", batch_size: int = 4096
     ) -> Tensor:

@@ -107,7 +107,7 @@ def read_image(path: str | Path) -> Tensor:
     try:
         with Image.open(path, formats=FORMATS) as image:
             return to_pixels(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise all kinds for damaged files
         reason = str(error) or type(error).__name__
         raise ImageError(f"image {path} cannot be read: {reason}") from error
 
@@ -150,16 +150,24 @@ def _from_dataset(dataset: SizedDataset) -> Images:
         raise ValueError("images: got an empty Dataset, wanted at least one image")
 
     def read(index: int) -> Tensor:
-        return _as_pixels(dataset[index][0], index)
+        return _as_pixels(_item(dataset, index)[0], index)
 
     digest, targets = hashlib.sha256(), []
     for index in range(len(dataset)):
-        image, target = dataset[index]
+        image, target = _item(dataset, index)
         pixels = _as_pixels(image, index)
         digest.update(str(tuple(pixels.shape)).encode() + pixels.contiguous().numpy().tobytes())
         targets.append(target)
     ids = tuple(f"{index:08d}" for index in range(len(dataset)))
     return Images(ids, read, digest.hexdigest(), tuple(targets))
+
+
+def _item(dataset: SizedDataset, index: int) -> tuple[Any, Any]:
+    try:
+        image, target = dataset[index]
+    except Exception as error:  # whatever the dataset's own code raises
+        raise ImageError(f"images: item {index} cannot be read: {error}") from error
+    return image, target
 
 
 def _as_pixels(image: object, index: int) -> Tensor:

@@ -29,7 +29,8 @@ def average_precision(scores: npt.ArrayLike, labels: npt.ArrayLike, kind: str = 
             envelope (`sklearn.metrics.average_precision_score`).
 
     Raises:
-        ValueError: other shapes, scores that are not finite, other labels, no positive row.
+        ValueError: other shapes, scores that are not finite, other labels, 1 and 0 without -1
+            (0 means ignored here), no positive row.
     """
     check_choice("kind", kind, AVERAGE_PRECISIONS)
     s, y = _scores_and_labels(scores, labels)
@@ -55,6 +56,8 @@ def _scores_and_labels(
         raise ValueError(f"scores: row {row} is {s[row]}, wanted finite values")
     if not np.isin(y, (1, 0, -1)).all():
         raise ValueError(f"labels: got {sorted(set(y.tolist()) - {1, 0, -1})}, wanted 1, 0 or -1")
+    if not (y == -1).any() and (y == 0).any():
+        raise ValueError("labels: got 1 and 0 but no -1, wanted -1 for not there (0 is ignored)")
     if not (y == 1).any():
         raise ValueError("labels: got no positive row, wanted at least one")
     return s[y != 0], y[y != 0].astype(np.int64)

@@ -64,6 +64,8 @@ def kmeans(
     check_integer("iterations", iterations, at_least=1)
     check_integer("redo", redo, at_least=1)
     check_integer("seed", seed, at_least=0)
+    if seed >= 2**31:
+        raise ValueError(f"seed: got {seed}, wanted an int < 2**31")
     check_choice("backend", backend, BACKENDS)
     if k > len(rows):
         raise ValueError(

@@ -35,6 +35,8 @@ class Manifest:
         view: which view of the image, and how its pixels are made
             (`Degradation.describe_view`).
         backbone: the backbone's name.
+        host: the library, with its version, whose code the backbone is.
+        architecture_sha256: hash of the backbone's layers.
         weights_sha256: hash of the backbone's weights (`featxfer.backbone.weights_sha256`).
         preprocessing: mean, std and what else belongs to the weights.
         precision: "fp32" or "bf16", of the backbone's arithmetic.
@@ -46,6 +48,8 @@ class Manifest:
 
     view: Mapping[str, Any]
     backbone: str
+    host: str
+    architecture_sha256: str
     weights_sha256: str
     preprocessing: Mapping[str, Any]
     precision: str
@@ -143,6 +147,11 @@ class FeatureStore:
         )
         name = f"part-{index:06d}.{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
         write_atomic(self.directory / name, data)
+
+    def drop_part(self, index: int) -> None:
+        """Removes part `index`, so that it is missing."""
+        for path in self.directory.glob(f"part-{index:06d}.*.safetensors"):
+            path.unlink(missing_ok=True)
 
     def read_part(self, index: int) -> Rows:
         """Reads one part; `StoreError` if it is not there or its bytes are not those written."""

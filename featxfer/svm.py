@@ -7,7 +7,7 @@ scaling; the protocols here are other works' and ours.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -125,8 +125,7 @@ def train_svms(
             f"labels: got shape {labels.shape}, wanted ({len(rows)}, classes), a row a feature"
         )
     scaled, basis = _rotate(_scale(rows, protocol))
-    for column in range(labels.shape[1]):
-        _check_class(labels[:, column], protocol, column)
+    check_classes(labels, protocol)
     trained = []
     for result in Parallel(n_jobs=jobs, return_as="generator")(
         delayed(_train_class)(scaled, labels[:, column], protocol, seed)
@@ -139,6 +138,28 @@ def train_svms(
     return LinearSVMs(
         protocol, np.stack(coef) @ basis, np.array(intercept), costs, sum(unconverged), sum(fits)
     )
+
+
+def check_classes(
+    labels: npt.NDArray[np.integer], protocol: Protocol, names: Sequence[str] | None = None
+) -> None:
+    """Raises `ValueError` for a class with too few positive or negative rows for the folds.
+
+    Args:
+        labels: `(n, classes)` in {1, 0, -1}.
+        protocol: see `PROTOCOLS`.
+        names: of the classes, for the message.
+    """
+    least = protocol.folds if len(protocol.costs) > 1 else 1
+    for column, name in enumerate(names or [str(c) for c in range(labels.shape[1])]):
+        targets = _targets(labels[:, column], protocol)[1]
+        for kind, sign in (("positive", 1), ("negative", -1)):
+            count = int((targets == sign).sum())
+            if count < least:
+                raise ValueError(
+                    f"labels: class {name} has {count} {kind} rows, "
+                    f"protocol {protocol.name!r} wants at least {least}"
+                )
 
 
 def average_precisions(
@@ -178,17 +199,6 @@ def _targets(
     """Which rows are used, and their targets in {1, -1}."""
     used = labels != 0 if protocol.difficult == "ignored" else np.ones(len(labels), dtype=bool)
     return used, np.where(labels[used] == 1, 1, -1)
-
-
-def _check_class(labels: npt.NDArray[np.integer], protocol: Protocol, column: int) -> None:
-    targets = _targets(labels, protocol)[1]
-    least = protocol.folds if len(protocol.costs) > 1 else 1
-    for name, count in (("positive", (targets == 1).sum()), ("negative", (targets == -1).sum())):
-        if count < least:
-            raise ValueError(
-                f"labels: class {column} has {count} {name} rows, "
-                f"protocol {protocol.name!r} wants at least {least}"
-            )
 
 
 def _train_class(

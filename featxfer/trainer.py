@@ -153,8 +153,9 @@ class PseudoLabelTrainer:
         rows, labels = rows.to(device), labels.to(device)
         generator = torch.Generator().manual_seed(self.seed)
         training, log = self.head.training, []
-        self.head.train()
         try:
+            self._check_labels(rows, labels)
+            self.head.train()
             for epoch in range(self.recipe.epochs):
                 log.append(self._epoch(epoch, rows, labels, generator))
                 if callback is not None:
@@ -178,15 +179,26 @@ class PseudoLabelTrainer:
             losses.append(loss * len(batch))
             right.append(hits)
         mean_loss = float(torch.stack(losses).sum()) / len(rows)
-        if not math.isfinite(mean_loss):
+        if not (math.isfinite(mean_loss) and self._weights_are_finite()):
             self.head.load_state_dict(good)
-            first = next(i for i, loss in enumerate(losses) if not math.isfinite(float(loss)))
+            finite = [math.isfinite(float(loss)) for loss in losses]
+            step = finite.index(False) if False in finite else len(finite)
             raise DivergenceError(
-                f"loss is not finite at epoch {epoch}, step {first} (learning rate {rate:g}); "
-                "the head keeps the weights from before that epoch"
+                f"loss or weights are not finite at epoch {epoch}, step {step} (learning rate "
+                f"{rate:g}); the head keeps the weights from before that epoch"
             )
         accuracy = int(torch.stack(right).sum()) / len(rows)
         return EpochLog(epoch, mean_loss, accuracy, rate, time.perf_counter() - start)
+
+    def _weights_are_finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.head.parameters())
+
+    @torch.no_grad()
+    def _check_labels(self, rows: Tensor, labels: Tensor) -> None:
+        """Raises `ValueError` for a label that the head, left in eval mode, has no output for."""
+        outputs = self.head.eval()(rows[:1]).shape[-1]
+        if int(labels.max()) >= outputs:
+            raise ValueError(f"labels: got {int(labels.max())}, wanted labels below {outputs}")
 
 
 def fit_head(

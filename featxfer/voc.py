@@ -38,7 +38,10 @@ class VOCDevkit:
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Class names, sorted: of `ImageSets/Main/<class>_<split>.txt`, or else of the XML."""
-        names = {p.stem.rpartition("_")[0] for p in self._sets.glob("*_*.txt")} - {""}
+        parts = [p.stem.rpartition("_") for p in self._sets.glob("*_*.txt")]
+        names = {
+            name for name, _, split in parts if name and (self._sets / f"{split}.txt").is_file()
+        }
         if not names:
             names = {name for ids in self._all_ids() for name, _ in self._objects(ids)}
         if not names:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from benchmarks.shell import told_errors
+
 GRID_CLUSTERS, GRID_HIDDEN = "20,100,200,500,1000,2048", "256,512,1024,2048,4096"
 
 
@@ -65,15 +67,10 @@ def main(**given: Any) -> None:
     Without --root, --download or --tar it runs on a synthetic sample that it renders, with weights
     of the `demo` extra. Interrupt it anywhere: the same command goes on.
     """
-    try:
+    with told_errors():
         from benchmarks.voc2007.command import run_command
 
         run_command(given)
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. What is finished is kept: the same command goes on.", err=True)
-        raise SystemExit(130) from None
-    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 if __name__ == "__main__":

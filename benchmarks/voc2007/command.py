@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from benchmarks.memo import hash_key
+from benchmarks.shell import default_cache
 from benchmarks.voc2007 import fetch, figures, report, tables
 from benchmarks.voc2007.options import Network, Options
 from benchmarks.voc2007.run import open_study, run
@@ -24,37 +26,35 @@ def run_command(given: Mapping[str, Any]) -> None:
     options = parse(given)
     if options.figures:
         figures.require_matplotlib()
+    options = dataclasses.replace(options, root=find_root(given, options.cache))
+    if given["out"] is None:
+        options = dataclasses.replace(options, out=_default_out(options))
     study = open_study(options)
     click.echo(tables.diagnostics(study.transfer.diagnostics(options.clusters, 0)), err=True)
     results = run(study)
-    pictures = figures.draw(study, results) if options.figures else {}
     files = {
         "results.json": json.dumps(results, indent=1) + "\n",
         "tables.txt": tables.render(results),
         "summary.md": tables.markdown(results),
-        "report.html": report.render(results, pictures),
     }
     for name, text in files.items():
         write_atomic(options.out / name, text.encode())
+    pictures = figures.draw(study, results) if options.figures else {}
     for name, data in pictures.items():
         write_atomic(options.out / "figures" / name, data)
+    write_atomic(options.out / "report.html", report.render(results, pictures).encode())
     click.echo(files["results.json" if given["as_json"] else "tables.txt"], nl=False)
-    click.echo(f"\nWrote {', '.join(files)} and {len(pictures)} figures to {options.out}", err=True)
+    written = ", ".join([*files, "report.html"])
+    click.echo(f"\nWrote {written} and {len(pictures)} figures to {options.out}", err=True)
 
 
 def parse(given: Mapping[str, Any]) -> Options:
-    """Checked options; defaults that depend on others are filled in."""
-    cache = given["cache"] or Path(
-        os.environ.get("FEATXFER_CACHE") or Path.home() / ".cache" / "featxfer"
-    )
-    root = find_root(given, cache)
-    weights = given["weights"] or ("demo" if root is None else "pretrained")
+    """Checked options, before anything is fetched; defaults that depend on others are filled in."""
+    is_sample = not _sources(given)
+    weights = given["weights"] or ("demo" if is_sample else "pretrained")
     backbone = given["backbone"] or (DEMO_BACKBONE if weights == "demo" else "resnet101")
-    name = (
-        f"{'sample' if root is None else root.name}-{backbone.replace('/', '-')}-{given['lr_size']}"
-    )
     return Options(
-        root=root,
+        root=given["root"],
         sample=given["sample"],
         backbone=backbone,
         weights=weights,
@@ -66,13 +66,13 @@ def parse(given: Mapping[str, Any]) -> Options:
         labels=given["labels"],
         seeds=given["seeds"],
         protocols=tuple(dict.fromkeys(given["protocol"]))
-        or (("virtex",) if root is None else ("vissl",)),
+        or (("virtex",) if is_sample else ("vissl",)),
         ap=given["ap"],
         network=_network(given),
         grid=(given["grid_clusters"], given["grid_hidden"]) if given["grid"] else None,
         figures=given["figures"],
-        out=given["out"] or Path("runs") / "voc2007" / name,
-        cache=cache,
+        out=given["out"] or Path(),
+        cache=given["cache"] or default_cache(),
         on_error=given["on_error"],
         jobs=given["jobs"],
     )
@@ -80,15 +80,26 @@ def parse(given: Mapping[str, Any]) -> Options:
 
 def find_root(given: Mapping[str, Any], cache: Path) -> Path | None:
     """The devkit's folder, downloaded or unpacked first if so asked; None for the sample."""
-    chosen = [name for name in ("root", "download", "tar", "sample") if given[name]]
-    if len(chosen) > 1:
-        raise ValueError(f"--{chosen[0]}, --{chosen[1]}: got both, wanted one source of images")
     if given["download"]:
         return fetch.download(cache / "voc2007")
     if given["tar"]:
-        return fetch.unpack(given["tar"], cache / "voc2007-tar")
+        return fetch.unpack(given["tar"], fetch.archives_folder(given["tar"], cache))
     root: Path | None = given["root"]
     return root
+
+
+def _sources(given: Mapping[str, Any]) -> list[str]:
+    chosen = [name for name in ("root", "download", "tar", "sample") if given[name]]
+    if len(chosen) > 1:
+        raise ValueError(f"--{chosen[0]}, --{chosen[1]}: got both, wanted one source of images")
+    return [name for name in chosen if name != "sample"]
+
+
+def _default_out(options: Options) -> Path:
+    """A folder that names the run and differs for every configuration."""
+    size, model = options.degradation.lr_size, options.backbone.replace("/", "-")
+    name = f"{options.data_name.replace('/', '-')}-{model}-{size}"
+    return Path("runs") / "voc2007" / f"{name}-{hash_key(options.to_dict())[:8]}"
 
 
 def _network(given: Mapping[str, Any]) -> Network:

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from benchmarks.voc2007.options import Options
 from benchmarks.voc2007.sample_devkit import render_sample
-from featxfer import Backbone, Features, VOCDevkit, extract_features
+from featxfer import PROTOCOLS, Backbone, Features, VOCDevkit, extract_features
+from featxfer.svm import check_classes
 from featxfer.voc import Labels
 
 
@@ -64,8 +65,10 @@ def load_data(options: Options, devkit: VOCDevkit, backbone: Backbone) -> Data:
 def check_devkit(options: Options, devkit: VOCDevkit) -> None:
     """Raises what labels, missing images and too many clusters would raise after the long work."""
     for split in ("trainval", "test"):
-        devkit.labels(split)
         devkit.images(split)
+        devkit.labels(split)
+    for protocol in options.protocols:
+        check_classes(devkit.labels("trainval"), PROTOCOLS[protocol], devkit.classes)
     count = len(devkit.ids("trainval"))
     for k in options.cluster_counts:
         if k > count:

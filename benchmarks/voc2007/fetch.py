@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,17 @@ def download(folder: Path) -> Path:
             ) from error
         archives.append(folder / entry["filename"])
     return unpack(archives, folder)
+
+
+def archives_folder(archives: Sequence[Path], parent: Path) -> Path:
+    """A folder for these archives alone: other ones, or changed ones, have another."""
+    digest = hashlib.sha256()
+    for archive in archives:
+        if not archive.is_file():
+            raise FetchError(f"tar: {archive} is not a file")
+        status = archive.stat()
+        digest.update(f"{archive.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return parent / f"tar-{digest.hexdigest()[:16]}"
 
 
 def unpack(archives: Sequence[Path], folder: Path) -> Path:

@@ -12,7 +12,7 @@ from benchmarks.voc2007.run import Study
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TSNE_ROWS, TSNE_CLASSES, PAIRS = 1000, 10, 8
+TSNE_ROWS, TSNE_LEAST, TSNE_CLASSES, PAIRS = 1000, 3, 10, 8
 
 
 def require_matplotlib() -> None:
@@ -31,7 +31,8 @@ def draw(study: Study, results: dict[str, Any]) -> dict[str, bytes]:
         f"ap_{protocol}.png": ap_bars(table, results["data"]["classes"], protocol)
         for protocol, table in results["table1"].items()
     }
-    pictures["tsne.png"] = tsne(study)
+    if len(_single_class_rows(study)[0]) >= TSNE_LEAST:
+        pictures["tsne.png"] = tsne(study)
     pictures["pairs.png"] = image_pairs(study)
     return pictures
 
@@ -65,8 +66,7 @@ def tsne(study: Study) -> bytes:
     """
     from sklearn.manifold import TSNE
 
-    labels = study.data.test.labels == 1
-    rows, colours, names = _single_class_rows(labels, study.data.devkit.classes)
+    rows, colours, names = _single_class_rows(study)
     features = study.data.test.features
     head = study.transfer.head(study.sizes, 0)
     panels = {
@@ -107,10 +107,9 @@ def image_pairs(study: Study) -> bytes:
     return _png(figure)
 
 
-def _single_class_rows(
-    labels: np.ndarray, classes: tuple[str, ...]
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Rows with one class, of the most frequent classes; the colour of each; the classes' names."""
+def _single_class_rows(study: Study) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Test rows with a single, frequent class; the colour of each; the classes' names."""
+    labels, classes = study.data.test.labels == 1, study.data.devkit.classes
     single = labels.sum(1) == 1
     frequent = np.argsort(-labels[single].sum(0), kind="stable")[:TSNE_CLASSES]
     rows = np.flatnonzero(single & labels[:, frequent].any(1))

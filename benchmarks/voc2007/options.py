@@ -75,6 +75,14 @@ class Options:
             check_integer("grid", size, at_least=1)
 
     @property
+    def data_name(self) -> str:
+        """The devkit's folder, with the two above it where they are VOC's; no more of the path."""
+        if self.root is None:
+            return "sample"
+        parts = self.root.resolve().parts
+        return "/".join(parts[-3:] if "VOCdevkit" in parts[-2:-1] else parts[-1:])
+
+    @property
     def cluster_counts(self) -> list[int]:
         """All numbers of clusters that will be asked for."""
         return sorted({self.clusters, *(self.grid[0] if self.grid else ())})
@@ -82,7 +90,7 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """What results depend on, as JSON types; no paths of this machine."""
         return {
-            "data": "sample" if self.root is None else "/".join(self.root.resolve().parts[-3:]),
+            "data": self.data_name,
             "backbone": self.backbone,
             "weights": self.weights if self.weights in ("pretrained", "demo", "random") else "file",
             "degradation": self.degradation.to_dict(),

@@ -80,6 +80,6 @@ def _diagnostics(diagnostics: list[dict[str, Any]]) -> str:
 
 def _picture(name: str, pictures: dict[str, bytes]) -> str:
     if name not in pictures:
-        return "<p>Not drawn: run without --no-figures.</p>"
+        return "<p>Not drawn: --no-figures, or too few test images of a single class.</p>"
     data = base64.b64encode(pictures[name]).decode()
     return f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'

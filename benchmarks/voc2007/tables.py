@@ -125,7 +125,9 @@ def grid(table2: dict[str, Any], classes: list[str]) -> str:
         values = (cells[k, hidden] for hidden in hiddens)
         lines.append(f"{k:<6}" + "".join(f"{plus_minus(value):>16}" for value in values))
     if classes == paper.CLASSES:
-        lines += ["[1]", *(f"{k:<6}{values}" for k, values in paper.TABLE2.items())]
+        lines.append(f"{'[1]':6}" + "".join(f"{hidden:>16}" for hidden in paper.TABLE2[100]))
+        for k, row in paper.TABLE2.items():
+            lines.append(f"{k:<6}" + "".join(f"{value:>16.1f}" for value in row.values()))
     return "\n".join(lines)
 
 
@@ -136,8 +138,8 @@ def _short(name: str) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as percent with one decimal."""
-    return f"{100 * value:.1f}"
+    """A share as percent with one decimal, zero without a sign."""
+    return f"{round(100 * value, 1) + 0.0:.1f}"
 
 
 def interval(summary: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from benchmarks.memo import Memo, hash_key
+from benchmarks.shell import default_cache, told_errors
 from benchmarks.versions import versions
 from benchmarks.voc2007.command import DEMO_BACKBONE
 from benchmarks.voc2007.methods import Sizes, Transfer
@@ -99,10 +100,17 @@ def choices() -> Iterator[tuple[str, Choice]]:
 @click.option("--backbone", default=DEMO_BACKBONE)
 @click.option("--weights", default="demo")
 @click.option("--lr-size", default=32)
-@click.option("--cache", type=Path, default=Path.home() / ".cache" / "featxfer")
+@click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
 @click.option("--out", type=Path, default=Path("runs") / "voc2007" / "tuning")
-def main(root: Path, backbone: str, weights: str, lr_size: int, cache: Path, out: Path) -> None:
+def main(
+    root: Path, backbone: str, weights: str, lr_size: int, cache: Path | None, out: Path
+) -> None:
     """Compares the choices; writes tuning.json and tuning.txt. May be interrupted and resumed."""
+    with told_errors():
+        _tune(root, backbone, weights, lr_size, cache or default_cache(), out)
+
+
+def _tune(root: Path, backbone: str, weights: str, lr_size: int, cache: Path, out: Path) -> None:
     devkit, host = VOCDevkit(root), load_backbone(backbone, weights)
     degradation = Degradation(lr_size=lr_size)
     features = extract_features(host, devkit.images("trainval"), degradation, cache / "features")
@@ -150,12 +158,16 @@ class Bench:
     def baseline(self, view: str, protocol: str) -> list[float]:
         """Held-out mAP of each fold for the plain "hr" or "lr" features."""
         rows = getattr(self.features, view)
-        key = {"baseline": view, "protocol": protocol}
+        key = {"baseline": view, "protocol": dataclasses.asdict(PROTOCOLS[protocol])}
         return self._folds(key, lambda fold: self._svms(rows, protocol, fold))
+
+    @property
+    def _labels_key(self) -> str:
+        return hash_key({"labels": self.labels.tolist()})
 
     def _folds(self, key: dict[str, Any], compute: Callable[[int], float]) -> list[float]:
         memo = Memo(self.cache / "tuning")
-        full = {"tune": key, "features": self.features.keys}
+        full = {"tune": key, "features": self.features.keys, "labels": self._labels_key}
         values = [
             memo.get({**full, "fold": fold}, partial(_named_map, compute, fold))
             for fold in range(FOLDS)
@@ -170,7 +182,7 @@ class Bench:
             self.features.lr[train],
             network,
             self.cache / "heads",
-            [hash_key(self.features.keys), f"fold {fold} of {FOLDS}"],
+            [hash_key(self.features.keys), self._labels_key, f"fold {fold} of {FOLDS}"],
             (self.backbone.name, self.backbone.weights_sha256, self.degradation),
         )
         head = transfer.head(sizes, 0)

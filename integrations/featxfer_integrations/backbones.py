@@ -44,14 +44,15 @@ def load_backbone(name: str, weights: str | Path = "pretrained") -> Backbone:
 
 def _find(name: str) -> tuple[_Host, str]:
     wanted, _, model = name.rpartition("/")
-    hosts = {host: _import_host(host) for host in _HOSTS if wanted in ("", host)}
-    for host in hosts.values():
+    asked = [host for host in _HOSTS if wanted in ("", host)]
+    known: set[str] = set()
+    for host in map(_import_host, asked):
         if host.has_model(model):
             return host, model
-    known = {known for host in hosts.values() for known in host.model_names()}
+        known.update(host.model_names())
     nearest = difflib.get_close_matches(model, known, n=5, cutoff=0.5)
     raise BackboneError(
-        f"backbone: got {name!r}, which is no model of {' or '.join(hosts or _HOSTS)}; "
+        f"backbone: got {name!r}, which is no model of {' or '.join(asked or _HOSTS)}; "
         f"nearest: {', '.join(nearest) or 'none'}"
     )
 

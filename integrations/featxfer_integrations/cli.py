@@ -13,6 +13,7 @@ import click
 @click.option("--backbone", required=True, help="A torchvision or timm model.")
 @click.option("--weights", default="pretrained", help="pretrained, demo or a file.")
 @click.option("--lr-size", default=32, help="Side of the LR image, pixels.")
+@click.option("--hr-size", default=224, help="Side of the backbone's input, pixels.")
 @click.option("--cache", type=Path, required=True, help="Folder of the feature stores.")
 @click.option("--precision", default="fp32", help="fp32 or bf16.")
 @click.option("--on-error", default="raise", help="At an unreadable image: raise or skip.")
@@ -22,6 +23,7 @@ def extract(
     backbone: str,
     weights: str,
     lr_size: int,
+    hr_size: int,
     cache: Path,
     precision: str,
     on_error: str,
@@ -34,7 +36,7 @@ def extract(
     features = extract_features(
         load_backbone(backbone, weights),
         source,
-        Degradation(lr_size=lr_size),
+        Degradation(hr_size, lr_size),
         cache,
         precision=precision,
         on_error=on_error,

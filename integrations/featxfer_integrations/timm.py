@@ -39,8 +39,9 @@ def load(name: str, weights: str | Path) -> Backbone:
     config = resolve_model_data_config(model)
     model.reset_classifier(0)
     fixed = config["input_size"][-1] if model.pretrained_cfg.get("fixed_input_size") else None
+    host = f"timm {timm.__version__}"
     preprocessing = Preprocessing(tuple(config["mean"]), tuple(config["std"]), fixed)
-    return Backbone(model.eval(), preprocessing, f"timm/{name}", str(weights))
+    return Backbone(model.eval(), preprocessing, f"timm/{name}", str(weights), host)
 
 
 def _create(name: str, *, pretrained: bool) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import torchvision
 import torchvision.models
 from torch import nn
 
@@ -38,8 +39,9 @@ def load(name: str, weights: str | Path) -> Backbone:
     model.set_submodule(classifier, nn.Identity())
     transforms = default.transforms()
     fixed = getattr(model, "image_size", None)
+    host = f"torchvision {torchvision.__version__}"
     preprocessing = Preprocessing(tuple(transforms.mean), tuple(transforms.std), fixed)
-    return Backbone(model.eval(), preprocessing, f"torchvision/{name}", str(weights))
+    return Backbone(model.eval(), preprocessing, f"torchvision/{name}", str(weights), host)
 
 
 def find_classifier(model: nn.Module, classes: int) -> str:

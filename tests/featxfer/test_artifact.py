@@ -142,11 +142,16 @@ def test_a_full_disk_keeps_the_older_head(
 ) -> None:
     save_head(head, tmp_path, CARD)
 
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
+    for calls, name in ((1, "head.safetensors"), (2, "card.json")):
+        made: list[int] = []
 
-    monkeypatch.setattr("featxfer._files.os.fsync", full)
-    with pytest.raises(DiskError, match=r"could not write .*head\.safetensors: No space left"):
-        save_head(FeatureTransferHead(6, 4, 8, seed=9), tmp_path, CARD)
-    monkeypatch.undo()
-    assert torch.equal(load_head(tmp_path)[0].fc1.weight, head.fc1.weight)
+        def full(descriptor: int, calls: int = calls, made: list[int] = made) -> None:
+            made.append(descriptor)
+            if len(made) == calls:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("featxfer._files.os.fsync", full)
+        with pytest.raises(DiskError, match=rf"could not write .*{name}: No space left"):
+            save_head(FeatureTransferHead(6, 4, 8, seed=9), tmp_path, CARD)
+        assert torch.equal(load_head(tmp_path)[0].fc1.weight, head.fc1.weight)
+        assert len(list(tmp_path.iterdir())) == 2

@@ -46,10 +46,31 @@ def test_extract_fit_and_show(stores: tuple[Path, Path], tmp_path: Path) -> None
 
 def test_cache_list_and_verify(stores: tuple[Path, Path], tmp_path: Path) -> None:
     assert run("cache", "list", tmp_path / "cache").count("10 images  1 of 1 parts") == 2
-    assert "2 stores, 0 damaged parts" in run("cache", "verify", tmp_path / "cache")
+    assert "2 stores, 0 damaged files" in run("cache", "verify", tmp_path / "cache")
     part = next(stores[0].glob("part-*"))
     part.write_bytes(part.read_bytes()[:-1])
+    (stores[1] / "manifest.json").write_text("{}")
     assert f"damaged: {part}" in run("cache", "verify", tmp_path / "cache", code=1)
+    assert "manifest.json" in run("cache", "verify", tmp_path / "cache", code=1)
+
+
+def test_fit_takes_an_hr_and_an_lr_store_of_one_setting(
+    stores: tuple[Path, Path], tmp_path: Path
+) -> None:
+    hr, lr = stores
+    out = ["--clusters", "3", "--out", str(tmp_path / "head")]
+    assert "got stores of views ['lr', 'lr']" in run("fit", lr, lr, *out, code=1)
+    assert "got stores of views ['lr', 'hr']" in run("fit", lr, hr, *out, code=1)
+    weights = tmp_path / "other.safetensors"
+    torch.manual_seed(1)
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), weights)
+    output = run(
+        "extract", tmp_path / "images", "--backbone", "timm/test_resnet", "--weights", weights,
+        "--cache", tmp_path / "cache",
+    )  # fmt: skip
+    other = output.splitlines()[1]
+    assert "got stores that differ in weights_sha256" in run("fit", other, lr, *out, code=1)
+    assert not (tmp_path / "head").exists()
 
 
 def test_env_names_the_versions() -> None:

@@ -71,7 +71,7 @@ def test_another_lr_size_keeps_the_hr_store(
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "preprocessing", "degradation", "images", "precision", "name"]
+    "change", ["weights", "preprocessing", "degradation", "images", "precision", "name", "host"]
 )
 def test_a_changed_key_never_reads_the_old_store(
     backbone: Backbone, image_folder: Path, tmp_path: Path, change: str
@@ -86,6 +86,8 @@ def test_a_changed_key_never_reads_the_old_store(
         other = dataclasses.replace(backbone, preprocessing=Preprocessing())
     if change == "name":
         other = dataclasses.replace(backbone, name="other")
+    if change == "host":
+        other = dataclasses.replace(backbone, host="library 2.0")
     if change == "degradation":
         degradation = dataclasses.replace(DEGRADATION, antialias=False)
     if change == "images":
@@ -154,6 +156,58 @@ def test_a_bad_image_is_named_or_skipped_and_listed(
     assert len(features.hr) == len(features.lr) == 9
     with pytest.raises(ImageError, match=r"03\.jpg cannot be read"):
         extract_features(backbone, images, DEGRADATION, tmp_path)
+
+
+def test_a_skipped_image_that_can_be_read_later_is_computed(
+    backbone: Backbone, image_folder: Path, tmp_path: Path
+) -> None:
+    images = open_images(image_folder)
+    broken = [3]
+
+    def read(index: int) -> torch.Tensor:
+        if index in broken:
+            raise ImageError(f"image {index} is away")
+        return images.read(index)
+
+    flaky = dataclasses.replace(images, read=read)
+    first = extract_features(backbone, flaky, DEGRADATION, tmp_path, part_rows=4, on_error="skip")
+    assert len(first.ids) == 9
+    broken.clear()
+    again = extract_features(backbone, flaky, DEGRADATION, tmp_path, part_rows=4)
+    assert again.ids == images.ids
+    assert again.skipped == {}
+
+
+def test_an_image_skipped_in_one_view_is_left_out_of_both(
+    backbone: Backbone, image_folder: Path, tmp_path: Path
+) -> None:
+    images = open_images(image_folder)
+    extract_features(backbone, images, DEGRADATION, tmp_path)
+
+    def read(index: int) -> torch.Tensor:
+        if index == 5:
+            raise ImageError("image 5 is away")
+        return images.read(index)
+
+    features = extract_features(
+        backbone,
+        dataclasses.replace(images, read=read),
+        Degradation(hr_size=32, lr_size=4),
+        tmp_path,
+        on_error="skip",
+    )
+    assert features.ids == tuple(f"{i:02d}.jpg" for i in range(10) if i != 5)
+    assert len(features.hr) == len(features.lr) == 9
+
+
+def test_another_architecture_of_the_same_name_and_weights_is_another_store(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    images, rows = open_images(image_folder), []
+    for pool in (nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1)):
+        module = nn.Sequential(pool, nn.Flatten())
+        rows.append(extract_features(Backbone(module), images, DEGRADATION, tmp_path).hr)
+    assert not torch.equal(*rows)
 
 
 def test_no_readable_image_at_all(backbone: Backbone, image_folder: Path, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_transfer_is_forward_in_batches_without_gradient(head: FeatureTransferHe
     for layer, wanted in (("output", head(ROWS)), ("hidden", head.hidden(ROWS))):
         got = head.transfer(ROWS, layer=layer, batch_size=10)
         assert not got.requires_grad
+        torch.nn.Linear(got.shape[1], 1)(got).sum().backward()
         torch.testing.assert_close(got, wanted.detach())
 
 

@@ -83,6 +83,34 @@ def test_a_truncated_image_is_named(image_folder: Path, cut: int) -> None:
         open_images(image_folder).read(2)
 
 
+def test_damaged_exif_is_an_image_error(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS).save(tmp_path / "a.jpg", exif=exif)
+    data = (tmp_path / "a.jpg").read_bytes()
+    start = data.index(b"Exif")
+    for position in range(start, start + 40):
+        for value in (0, 7, 255):
+            changed = data[:position] + bytes([value]) + data[position + 1 :]
+            (tmp_path / "b.jpg").write_bytes(changed)
+            try:
+                assert read_image(tmp_path / "b.jpg").shape[0] == 3
+            except ImageError as error:
+                assert "b.jpg cannot be read" in str(error)  # noqa: PT017 - either is right
+
+
+def test_a_dataset_that_raises_is_an_image_error() -> None:
+    class Broken:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            raise OSError("truncated")
+
+    with pytest.raises(ImageError, match="images: item 0 cannot be read: truncated"):
+        open_images(Broken())
+
+
 def test_32_bit_greyscale_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / "f.tiff")
     with pytest.raises(ImageError, match="mode F"):

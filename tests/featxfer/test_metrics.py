@@ -39,6 +39,8 @@ def test_against_a_brute_force_oracle(kind: str) -> None:
         scores = rng.integers(0, int(rng.integers(1, 30)), n) / 7 - 1
         labels = rng.choice([1, 0, -1], n, p=[0.4, 0.2, 0.4])
         labels[rng.integers(n)] = 1
+        if not (labels == -1).any():
+            labels[labels == 0] = 1
         got = average_precision(scores, labels, kind)
         assert got == pytest.approx(oracle(scores.tolist(), labels.tolist(), kind), abs=1e-12)
 
@@ -74,6 +76,7 @@ def test_ignored_rows_are_as_if_absent() -> None:
         ([1, np.nan], [1, -1], "scores: row 1 is nan"),
         ([1, 2], [1, 2], r"labels: got \[2\], wanted 1, 0 or -1"),
         ([1, 2], [0, -1], "labels: got no positive row"),
+        ([1, 2], [0, 1], "labels: got 1 and 0 but no -1"),
     ],
 )
 def test_bad_input_is_named(scores: list[float], labels: list[int], message: str) -> None:

@@ -102,6 +102,7 @@ def test_diagnostics_of_giants_and_of_one_cluster() -> None:
         ({"k": 181}, "k: got 181 clusters for 180 features, wanted at most 180"),
         ({"backend": "cuml"}, "backend: got 'cuml', wanted one of 'faiss', 'sklearn'"),
         ({"iterations": 0}, "iterations: got 0"),
+        ({"seed": 2**31}, r"seed: got 2147483648, wanted an int < 2\*\*31"),
         ({"features": BLOBS[0]}, r"features: got shape \(5,\), wanted \(n, d\)"),
         ({"features": torch.ones(180, 5)}, "features: collapsed, only 1 distinct rows of 180"),
         (
@@ -112,9 +113,9 @@ def test_diagnostics_of_giants_and_of_one_cluster() -> None:
     ],
 )
 def test_bad_kmeans_input_is_named(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"features": BLOBS, "k": 6, **change}
+    arguments: dict[str, Any] = {"features": BLOBS, "k": 6, "seed": 0, **change}
     with pytest.raises(ValueError, match=message):
-        kmeans(arguments.pop("features"), arguments.pop("k"), seed=0, **arguments)
+        kmeans(arguments.pop("features"), arguments.pop("k"), **arguments)
 
 
 def test_no_array_at_all() -> None:

@@ -21,6 +21,8 @@ from featxfer.store import Manifest, Rows, align, damaged_parts
 MANIFEST = Manifest(
     view={"view": "hr"},
     backbone="tiny",
+    host="host 1.0",
+    architecture_sha256="12" * 32,
     weights_sha256="ab" * 32,
     preprocessing={"mean": [0.5]},
     precision="fp32",

@@ -93,8 +93,8 @@ def test_every_row_is_seen_once_an_epoch() -> None:
             return super().forward(features)
 
     PseudoLabelTrainer(Spy(10, 6, 4), Recipe(epochs=2, batch_size=64)).fit(ROWS, LABELS)
-    assert [len(s) for s in seen] == [64, 64, 64, 64, 44] * 2
-    for epoch in (seen[:5], seen[5:]):
+    assert [len(s) for s in seen] == [1] + [64, 64, 64, 64, 44] * 2, "one row tells the width"
+    for epoch in (seen[1:6], seen[6:]):
         assert torch.equal(torch.cat(epoch).sort().values, ROWS[:, 0].sort().values)
 
 
@@ -125,7 +125,9 @@ def test_step_in_a_loop_of_ones_own_equals_fit() -> None:
 def test_a_diverging_loss_stops_and_keeps_the_last_good_epoch() -> None:
     head = new_head()
     recipe = Recipe(epochs=50, learning_rate=1e20, momentum=0.0)
-    with pytest.raises(DivergenceError, match=r"loss is not finite at epoch 0, step \d"):
+    with pytest.raises(
+        DivergenceError, match=r"loss or weights are not finite at epoch 0, step \d"
+    ):
         PseudoLabelTrainer(head, recipe).fit(ROWS, LABELS)
     assert torch.equal(head.fc1.weight, new_head().fc1.weight)
 
@@ -157,6 +159,20 @@ def test_bad_labels_leave_the_head_unchanged(labels: Tensor) -> None:
     with pytest.raises(ValueError, match=r"labels: got .* wanted int64 \(300,\), none negative"):
         PseudoLabelTrainer(head, RECIPE).fit(ROWS, labels)
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+def test_a_label_without_an_output_is_refused() -> None:
+    head = new_head().train()
+    with pytest.raises(ValueError, match="labels: got 6, wanted labels below 6"):
+        PseudoLabelTrainer(head, RECIPE).fit(ROWS, LABELS + 1)
+    assert head.training
+
+
+def test_weights_that_overflow_in_the_last_step_are_noticed() -> None:
+    head, recipe = new_head(), Recipe(epochs=1, batch_size=300, learning_rate=1e38)
+    with pytest.raises(DivergenceError, match="loss or weights are not finite at epoch 0, step 1"):
+        PseudoLabelTrainer(head, recipe).fit(ROWS * 100, LABELS)
+    assert torch.equal(head.fc1.weight, new_head().fc1.weight)
 
 
 def test_bad_rows_are_named() -> None:

@@ -91,6 +91,13 @@ def test_an_empty_class(devkit: Path) -> None:
         VOCDevkit(devkit).labels("test")
 
 
+def test_a_split_with_an_underscore_is_no_class(devkit: Path) -> None:
+    sets = devkit / "ImageSets" / "Main"
+    (sets / "test_small.txt").write_text("1\n")
+    (sets / "cat_test_small.txt").write_text("1 1\n")
+    assert VOCDevkit(devkit).classes == ("cat", "dog")
+
+
 def test_a_malformed_line(devkit: Path) -> None:
     (devkit / "ImageSets" / "Main" / "cat_test.txt").write_text("1 1\n2 yes\n")
     with pytest.raises(DevkitError, match=r"cat_test\.txt:2: got '2 yes'"):

@@ -117,6 +117,17 @@ def test_archives_that_are_cut_short_are_named(tmp_path: Path, data: bytes) -> N
     assert not list((tmp_path / "out").glob(".*unpacked"))
 
 
+def test_other_archives_have_another_folder(tmp_path: Path) -> None:
+    archive = tmp_path / "voc.tar"
+    archive.write_bytes(tar_bytes({"VOCdevkit/a.txt": b"a"}))
+    first = fetch.archives_folder([archive], tmp_path)
+    assert fetch.archives_folder([archive], tmp_path) == first
+    archive.write_bytes(tar_bytes({"VOCdevkit/a.txt": b"b" * 9999}))
+    assert fetch.archives_folder([archive], tmp_path) != first
+    with pytest.raises(FetchError, match=r"tar: .*none\.tar is not a file"):
+        fetch.archives_folder([tmp_path / "none.tar"], tmp_path)
+
+
 def test_a_missing_archive_is_named(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match=r"tar: .*none\.tar cannot be unpacked"):
         fetch.unpack([tmp_path / "none.tar"], tmp_path / "out")

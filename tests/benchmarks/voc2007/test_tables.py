@@ -36,6 +36,11 @@ def test_summary_shows_means_and_intervals() -> None:
     ]
 
 
+def test_zero_has_no_sign() -> None:
+    assert tables.percent(-0.0001) == "0.0"
+    assert tables.percent(-0.001) == "-0.1"
+
+
 def test_no_gap_is_said() -> None:
     table = {"a": entry("row", [0.9], lr=0.9, hr=0.9)}
     assert tables.summary(table, ["cat"]).endswith("no gap")

@@ -49,7 +49,8 @@ def main(images: Path, out: Path, backbone: str, weights: str, clusters: int, ca
         f"loss {log[0].loss:.2f} -> {log[-1].loss:.2f}, labels {log[-1].label_accuracy:.0%} right"
     )
 
-    save_head(head, out, Card(frozen.name, frozen.weights_sha256, degradation))
+    details = {"scaling": "l2", "labels": "nearest", "seed": 0, "agreement": agreement}
+    save_head(head, out, Card(frozen.name, frozen.weights_sha256, degradation, details))
     head, card = load_head(out, backbone_sha256=frozen.weights_sha256)
     print(f"{out}: {tuple(head.transfer(lr).shape)} features for {card.degradation.lr_size} pixels")
 

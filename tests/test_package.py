@@ -46,6 +46,13 @@ def test_the_core_imports_no_host_and_no_user_of_it() -> None:
     assert banned.findall("    from timm.data import x") == ["timm"]
 
 
+def test_the_integrations_import_no_user_of_them() -> None:
+    banned = re.compile(r"^\s*(?:from|import) (benchmarks|tests|examples)\b", re.MULTILINE)
+    paths = list(INTEGRATIONS.rglob("*.py"))
+    assert len(paths) > 4
+    assert [path.name for path in paths if banned.search(path.read_text())] == []
+
+
 def test_no_pickle_in_the_packages() -> None:
     pickled = re.compile(r"(?<!safetensors\.)torch\.(load|save)\(|import pickle|allow_pickle")
     texts = [p for root in (CORE, INTEGRATIONS) for p in root.rglob("*.py")]

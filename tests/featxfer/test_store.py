@@ -175,6 +175,7 @@ def test_interrupted_at_each_write_fsync_and_rename(
             with pytest.raises(raised, match="bytes needed" if raised is DiskError else None):
                 fill(FeatureStore(root, MANIFEST))
         assert set(contents(root).items()) <= set(wanted.items()), "a file that is there is whole"
+        assert len(contents(root)) == at // 4, "and is there after its rename only"
         fill(FeatureStore(root, MANIFEST))
         assert contents(root) == wanted
     with pytest.MonkeyPatch.context() as patch:

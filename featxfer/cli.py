@@ -85,9 +85,9 @@ def fit(
     from featxfer.store import align
 
     stores = [FeatureStore.open(folder) for folder in (hr, lr)]
+    degradation = shared_degradation(*(store.manifest for store in stores))
     rows = [store.read() for store in stores]
     align(rows)
-    degradation = shared_degradation(*(store.manifest for store in stores))
     manifest = stores[1].manifest
     hr_rows, lr_rows = (scale_features(part.features, scaling) for part in rows)
     clustering = kmeans(hr_rows, clusters, seed=seed)

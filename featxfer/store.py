@@ -66,7 +66,7 @@ class Manifest:
     @property
     def key(self) -> str:
         """32 hex digits of the SHA-256 of `to_json`."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:32]
+        return _digest(self.to_json().encode())
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class FeatureStore:
             {"features": rows.features.contiguous()},
             {_ROWS: json.dumps({"ids": rows.ids, "skipped": dict(rows.skipped)})},
         )
-        name = f"part-{index:06d}.{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
+        name = f"part-{index:06d}.{_digest(data)}.safetensors"
         write_atomic(self.directory / name, data)
 
     def drop_part(self, index: int) -> None:
@@ -159,7 +159,7 @@ class FeatureStore:
         if path is None:
             raise StoreError(f"{self.directory}: part {index} of {self.part_count} is missing")
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest()[:32] != path.name.split(".")[1]:
+        if not _is_whole(path, data):
             raise StoreError(f"{path} is damaged; delete it and run again to compute it anew")
         described = _describe(data)
         features = safetensors.torch.load(data)["features"]
@@ -188,8 +188,17 @@ def damaged_parts(directory: Path) -> list[Path]:
     return [
         path
         for path in sorted(directory.glob("part-*.safetensors"))
-        if hashlib.sha256(path.read_bytes()).hexdigest()[:32] != path.name.split(".")[1]
+        if not _is_whole(path, path.read_bytes())
     ]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _is_whole(path: Path, data: bytes) -> bool:
+    """Whether a part's bytes are those that its name was made of."""
+    return path.name.split(".")[1] == _digest(data)
 
 
 def _describe(data: bytes) -> dict[str, Any]:

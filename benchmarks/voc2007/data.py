@@ -64,12 +64,13 @@ def load_data(options: Options, devkit: VOCDevkit, backbone: Backbone) -> Data:
 
 def check_devkit(options: Options, devkit: VOCDevkit) -> None:
     """Raises what labels, missing images and too many clusters would raise after the long work."""
+    labels = {}
     for split in ("trainval", "test"):
         devkit.images(split)
-        devkit.labels(split)
+        labels[split] = devkit.labels(split)
     for protocol in options.protocols:
-        check_classes(devkit.labels("trainval"), PROTOCOLS[protocol], devkit.classes)
-    count = len(devkit.ids("trainval"))
+        check_classes(labels["trainval"], PROTOCOLS[protocol], devkit.classes)
+    count = len(labels["trainval"])
     for k in options.cluster_counts:
         if k > count:
             raise ValueError(

@@ -77,7 +77,7 @@ def summary(table: dict[str, Any], classes: list[str]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """MAP and gap recovered of each row under every protocol, as a Markdown table."""
+    """The mAP and the gap recovered of each row under every protocol, as a Markdown table."""
     tables = results["table1"]
     heads = [f"{name}: mAP % | {name}: gap recovered %" for name in tables]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + 2 * len(tables)) + "|"]
@@ -116,7 +116,7 @@ def unconverged(table: dict[str, Any]) -> str:
 
 
 def grid(table2: dict[str, Any], classes: list[str]) -> str:
-    """MAP over N2 = k (rows) and N1 (columns), as the paper's Table 2."""
+    """The mAP over N2 = k (rows) and N1 (columns), as the paper's Table 2."""
     cells = {(cell["clusters"], cell["hidden"]): cell["map"] for cell in table2["cells"]}
     ks, hiddens = sorted({k for k, _ in cells}), sorted({h for _, h in cells})
     lines = [f"Grid, protocol {table2['protocol']}: mAP % (rows N2 = k, columns N1)"]

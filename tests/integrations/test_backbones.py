@@ -187,4 +187,5 @@ def test_a_host_that_is_not_asked_for_is_not_imported() -> None:
     )
     root = str(Path(__file__).parents[2])
     paths = f"import sys; sys.path[:0] = [{root!r}, {root + '/integrations'!r}]\n"
-    subprocess.run([sys.executable, "-c", paths + code], check=True)
+    run = subprocess.run([sys.executable, "-c", paths + code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -17,7 +17,6 @@ from featxfer import (
     extract_features,
     fit_head,
     kmeans,
-    load_head,
     open_images,
     save_head,
     scale_features,
@@ -42,7 +41,7 @@ def main(images: Path, out: Path, backbone: str, weights: str, clusters: int, ca
     agreement = diagnose(hr, lr, clustering.centroids).agreement
     print(f"nearest and paired labels agree for {agreement:.0%} of {len(lr)} images")
 
-    head = FeatureTransferHead(lr.shape[1], clusters, seed=0)
+    head = FeatureTransferHead(lr.shape[1], clusters, output="clusters", seed=0)
     head.set_input_statistics(lr)
     log = fit_head(head, hr, lr, clustering, labels="nearest", seed=0)
     print(
@@ -50,9 +49,9 @@ def main(images: Path, out: Path, backbone: str, weights: str, clusters: int, ca
     )
 
     details = {"scaling": "l2", "labels": "nearest", "seed": 0, "agreement": agreement}
-    save_head(head, out, Card(frozen.name, frozen.weights_sha256, degradation, details))
-    head, card = load_head(out, backbone_sha256=frozen.weights_sha256)
-    print(f"{out}: {tuple(head.transfer(lr).shape)} features for {card.degradation.lr_size} pixels")
+    save_head(head, out, Card(frozen.name, frozen.weights_sha256, (degradation,), details))
+    head = FeatureTransferHead.from_pretrained(out)
+    print(f"{out}: {tuple(head.transfer(lr).shape)} features")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from featxfer.artifact import ArtifactError, Card, load_head, save_head
 from featxfer.backbone import Backbone, Preprocessing
+from featxfer.block import FeatureTransferBlock
 from featxfer.degrade import Degradation
 from featxfer.features import Features, extract_features, scale_features
 from featxfer.head import FeatureTransferHead
 from featxfer.images import ImageError, Images, open_images
 from featxfer.metrics import average_precision, confidence_interval, gap_recovered
+from featxfer.objectives import LabelCrossEntropy, Objective, PrototypeDistillation
 from featxfer.pseudo_labels import (
     Clustering,
     LabelDiagnostics,
@@ -18,12 +20,21 @@ from featxfer.pseudo_labels import (
 )
 from featxfer.store import FeatureStore, StoreError
 from featxfer.svm import PROTOCOLS, LinearSVMs, Protocol, average_precisions, train_svms
-from featxfer.trainer import DivergenceError, EpochLog, PseudoLabelTrainer, Recipe, fit_head
+from featxfer.trainer import (
+    FEATURES_RECIPE,
+    DivergenceError,
+    EpochLog,
+    PseudoLabelTrainer,
+    Recipe,
+    fit_features_head,
+    fit_head,
+)
 from featxfer.voc import DevkitError, VOCDevkit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FEATURES_RECIPE",
     "PROTOCOLS",
     "ArtifactError",
     "Backbone",
@@ -34,14 +45,18 @@ __all__ = [
     "DivergenceError",
     "EpochLog",
     "FeatureStore",
+    "FeatureTransferBlock",
     "FeatureTransferHead",
     "Features",
     "ImageError",
     "Images",
+    "LabelCrossEntropy",
     "LabelDiagnostics",
     "LinearSVMs",
+    "Objective",
     "Preprocessing",
     "Protocol",
+    "PrototypeDistillation",
     "PseudoLabelTrainer",
     "Recipe",
     "StoreError",
@@ -53,6 +68,7 @@ __all__ = [
     "confidence_interval",
     "diagnose",
     "extract_features",
+    "fit_features_head",
     "fit_head",
     "gap_recovered",
     "kmeans",

@@ -1,4 +1,4 @@
-"""A trained head on disk: `head.safetensors` and `card.json`, no pickle."""
+"""A trained head or block on disk: `head.safetensors`, `card.json` and a README, no pickle."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ import torch
 from torch import Tensor
 
 from featxfer._files import write_together
+from featxfer.block import FeatureTransferBlock
 from featxfer.degrade import Degradation
 from featxfer.head import FeatureTransferHead
+from featxfer.hub import TransferModule
 
-FORMAT = 1
-WEIGHTS, CARD = "head.safetensors", "card.json"
+FORMAT = 2
+WEIGHTS, CARD, README = "head.safetensors", "card.json", "README.md"
+KINDS: Mapping[str, type[TransferModule]] = {
+    cls.kind: cls for cls in (FeatureTransferHead, FeatureTransferBlock)
+}
 _CARD_LIMIT = 1 << 20
 
 
@@ -35,41 +40,51 @@ class Card:
     Args:
         backbone: the backbone's name.
         backbone_sha256: hash of its weights (`featxfer.backbone.weights_sha256`).
-        degradation: how the LR images were made that it was trained on.
+        degradations: how the LR images were made that it was trained on, one or several.
         details: the rest, as JSON types: recipe, seeds, diagnostics, data, measured figures.
     """
 
     backbone: str
     backbone_sha256: str
-    degradation: Degradation
+    degradations: tuple[Degradation, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_head(head: FeatureTransferHead, folder: str | Path, card: Card) -> Path:
-    """Writes the head and its card into `folder` (made if need be), and returns it.
+def save_head(head: TransferModule, folder: str | Path, card: Card) -> Path:
+    """Writes a head or a block and its card into `folder` (made if need be), and returns it.
 
-    The card holds the hash of the weights' file, so a mixed pair is found on loading. Raises
-    `DiskError` where the disk refuses (an older head is then as it was), and `TypeError` for a
-    card that is not JSON.
+    The card holds the hash of the weights' file, so a mixed pair is found on loading; the README
+    is the card for readers. Raises `DiskError` where the disk refuses (an older head is then as it
+    was), `TypeError` for a card that is not JSON and `ValueError` for weights with NaN or infinity.
     """
     folder = Path(folder)
-    weights = safetensors.torch.save({k: v.contiguous() for k, v in head.state_dict().items()})
+    state = {name: value.detach().contiguous() for name, value in head.state_dict().items()}
+    _check_finite(state, "head")
+    weights = safetensors.torch.save(state)
     description = {
         "format": FORMAT,
+        "kind": head.kind,
         "head": head.config,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         **dataclasses.asdict(card),
-        "degradation": card.degradation.to_dict(),
+        "degradations": [degradation.to_dict() for degradation in card.degradations],
     }
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    write_together({folder / WEIGHTS: weights, folder / CARD: text.encode()})
+    readme = card_readme(head.kind, head.config, card)
+    write_together(
+        {
+            folder / WEIGHTS: weights,
+            folder / CARD: text.encode(),
+            folder / README: readme.encode(),
+        }
+    )
     return folder
 
 
 def load_head(
     folder: str | Path, *, in_features: int | None = None, backbone_sha256: str | None = None
-) -> tuple[FeatureTransferHead, Card]:
-    """Reads a head and its card, on the CPU, in eval mode.
+) -> tuple[TransferModule, Card]:
+    """Reads a head or a block and its card (kept in `card` as well), on the CPU, in eval mode.
 
     Args:
         folder: what `save_head` wrote.
@@ -87,28 +102,78 @@ def load_head(
     description = _read_card(folder / CARD)
     tensors = _read_weights(folder / WEIGHTS, description.get("weights_sha256"))
     try:
-        config = description["head"]
-        card = Card(
+        head = _build(KINDS[description["kind"]], description["head"], tensors)
+        head.card = Card(
             str(description["backbone"]),
             str(description["backbone_sha256"]),
-            Degradation.from_dict(description["degradation"]),
+            tuple(Degradation.from_dict(fields) for fields in description["degradations"]),
             dict(description["details"]),
         )
-        _check_shapes(config, tensors)
-        head = FeatureTransferHead(**config)
-        head.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{folder}: {type(error).__name__}: {error}") from error
-    if in_features not in (None, config["in_features"]):
+    check_fit(head, head.card, folder, in_features=in_features, backbone_sha256=backbone_sha256)
+    return head.eval(), head.card
+
+
+def check_fit(
+    head: TransferModule,
+    card: Card | None,
+    source: object,
+    *,
+    in_features: int | None = None,
+    backbone_sha256: str | None = None,
+) -> None:
+    """Raises `ArtifactError` for a head of another width or for another backbone's weights."""
+    if in_features not in (None, head.in_features):
         raise ArtifactError(
-            f"{folder}: head for features of width {config['in_features']}, wanted {in_features}"
+            f"{source}: {head.kind} for features of width {head.in_features}, wanted {in_features}"
         )
-    if backbone_sha256 not in (None, card.backbone_sha256):
+    if card is not None and backbone_sha256 not in (None, card.backbone_sha256):
         raise ArtifactError(
-            f"{folder}: head for backbone {card.backbone} with weights "
+            f"{source}: {head.kind} for backbone {card.backbone} with weights "
             f"{card.backbone_sha256[:12]}, wanted weights {str(backbone_sha256)[:12]}"
         )
-    return head.eval(), card
+
+
+def card_readme(kind: str, config: Mapping[str, Any], card: Card) -> str:
+    """The card as a README with the front matter that the model hub reads."""
+    lines = [
+        "---",
+        "library_name: featxfer",
+        "tags: [featxfer, feature-transfer, low-resolution, unsupervised]",
+        "---",
+        "",
+        f"# A feature transfer {kind} for {card.backbone}",
+        "",
+        "For low-resolution images on a frozen backbone, trained without labels by featxfer, after",
+        "[Wu, Zhang and Wang 2019](https://arxiv.org/abs/1908.10012).",
+        "",
+        "```python",
+        "from featxfer_integrations import attach_transfer",
+        "",
+        "model = attach_transfer(model, head=PATH_OR_HUB_ID)",
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| backbone | {card.backbone} |",
+        f"| its weights' SHA-256 | `{card.backbone_sha256}` |",
+        *(f"| degradation | `{d.to_json()}` |" for d in card.degradations),
+        *(f"| {name} | `{value}` |" for name, value in config.items()),
+        *(f"| {name} | `{value}` |" for name, value in _flat(card.details)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Scalars of nested mappings by dotted name; long lists are left to the JSON."""
+    flat: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat += _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list | tuple) or len(value) <= 8:
+            flat.append((f"{prefix}{name}", value))
+    return flat
 
 
 def _read_card(path: Path) -> dict[str, Any]:
@@ -131,20 +196,45 @@ def _read_weights(path: Path, sha256: object) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise ArtifactError(f"{path}: {error}") from error
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{path}: tensor {name} has NaN or infinity")
+    try:
+        _check_finite(tensors, str(path))
+    except ValueError as error:
+        raise ArtifactError(str(error)) from error
     return tensors
 
 
-def _check_shapes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Sizes are believed only as far as the tensors bear them out, before memory is taken."""
-    wanted = {
-        "fc1.weight": (config["hidden_features"], config["in_features"]),
-        "fc2.weight": (config["out_features"], config["hidden_features"]),
-    }
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"tensor {name} is {tuple(tensors[name].shape)}, the card says {shape}"
-            )
+def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{source}: tensor {name} has NaN or infinity")
+
+
+def _build(
+    cls: type[TransferModule], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> TransferModule:
+    """The module of that config; no memory is taken for sizes that the tensors do not bear out."""
+    with torch.device("meta"):
+        module = cls(**config)
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    got = {name: tuple(value.shape) for name, value in tensors.items()}
+    faults = [
+        f"{kind} {name}"
+        for kind, names in (
+            ("missing tensor", wanted.keys() - got.keys()),
+            ("unexpected tensor", got.keys() - wanted.keys()),
+        )
+        for name in sorted(names)
+    ]
+    faults += [
+        f"tensor {name} is {got[name]}, the card says {wanted[name]}"
+        for name in wanted
+        if name in got and got[name] != wanted[name]
+    ]
+    if len({value.dtype for value in tensors.values()}) > 1 or not all(
+        value.is_floating_point() for value in tensors.values()
+    ):
+        faults.append("tensors of several dtypes, or of one that is no floating point")
+    if faults:
+        raise ValueError("; ".join(faults))
+    module.load_state_dict(dict(tensors), assign=True)
+    return module

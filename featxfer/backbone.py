@@ -63,10 +63,15 @@ class Backbone:
         return hashlib.sha256(repr(self.module).encode()).hexdigest()
 
 
-def weights_sha256(module: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a module's state dict."""
+def weights_sha256(module: nn.Module, *, leave_out: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of a module's state dict.
+
+    Names that begin with one of `leave_out` do not count.
+    """
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
+        if name.startswith(leave_out):
+            continue
         value = value.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())

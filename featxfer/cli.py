@@ -93,7 +93,7 @@ def fit(
     clustering = kmeans(hr_rows, clusters, seed=seed)
     diagnostics = diagnose(hr_rows, lr_rows, clustering.centroids).summary()
     click.echo(json.dumps(diagnostics, indent=1))
-    head = FeatureTransferHead(lr_rows.shape[1], clusters, hidden, seed=seed)
+    head = FeatureTransferHead(lr_rows.shape[1], clusters, hidden, output="clusters", seed=seed)
     head.set_input_statistics(lr_rows)
     log = fit_head(head, hr_rows, lr_rows, clustering, labels=labels, seed=seed)
     details = {
@@ -104,7 +104,7 @@ def fit(
         "diagnostics": diagnostics,
         "log": [dataclasses.asdict(epoch) for epoch in log],
     }
-    card = Card(manifest.backbone, manifest.weights_sha256, degradation, details)
+    card = Card(manifest.backbone, manifest.weights_sha256, (degradation,), details)
     click.echo(f"Wrote {save_head(head, out, card)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,37 +11,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featxfer._checks import ArrayLike, as_features, check_choice, check_integer
+from featxfer.hub import TransferModule
 
-OUTPUTS = ("clusters",)
+OUTPUTS = ("features", "clusters")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "identity": lambda x: x,
 }
+HIDDEN_FEATURES = {"features": 512, "clusters": 4096}
+"""The default of `hidden_features` by output: ours, and the paper's best."""
+
+DROPOUT = {"features": 0.5, "clusters": 0.0}
+"""The default of `dropout` by output."""
 
 
-class FeatureTransferHead(nn.Module):
-    """The feature transfer network of Wu et al. 2019, sections 3.2 and 4.2.
+class FeatureTransferHead(TransferModule):
+    """The feature transfer network of Wu et al. 2019, sections 3.2 and 4.2, and its residual form.
 
-    `fc2(activation(fc1((x - input_mean) / input_std)))`, both layers with He (MSRA) initialisation
-    and zero biases. The paper gives two fully connected layers, their sizes and MSRA
-    initialisation; it states neither the activation between them nor any normalisation: ReLU and
-    the statistics of the input, kept as buffers, are ours.
+    The paper gives two fully connected layers, their sizes and MSRA (He) initialisation; it states
+    neither the activation between them nor any normalisation: ReLU and the statistics of the
+    input, kept as buffers, are ours. With `hidden = activation(fc1((x - input_mean) / input_std))`
+    the output is
 
-    Shapes: `(..., in_features) -> (..., out_features)`, in the dtype of the module.
+    - "features" (ours): `x - fc2(hidden)`, in the feature space of the backbone. `fc2` starts at
+      zero and learns what low resolution added to the feature, so an untrained head returns its
+      input bit for bit (a zero that is subtracted, not added, keeps even the sign of zeros).
+    - "clusters" (the paper): `fc2(hidden)`, k cluster logits; `fc2` starts as He initialisation.
+
+    Shapes: vectors `(..., in_features) -> (..., out_features)`; feature maps `(n, in_features, h,
+    w) -> (n, out_features, h, w)`, position by position. A 4-D input whose second dimension is
+    `in_features` is a map. The output has the dtype of the input; the layers run in the dtype of
+    their weights.
 
     Args:
         in_features: width d of the backbone's feature.
-        out_features: number of clusters k (the paper's N2; 100 was best).
-        hidden_features: the paper's N1; 4096 was best.
-        output: "clusters" (the paper): the output is the k cluster logits.
+        clusters: number of HR centroids k (the paper's N2; 100 was best).
+        hidden_features: the paper's N1; by default 512 for "features", 4096 (the paper's best)
+            for "clusters".
+        output: "features" or "clusters".
         activation: between the layers: "relu", "gelu" or "identity".
+        dropout: share of the hidden activations that training drops, in [0, 1); by default 0.5
+            for "features", 0 for "clusters".
         seed: of the initialisation. The global random state is neither read nor changed.
 
     Raises:
-        ValueError: a size below 1, an unknown output or activation.
+        ValueError: a size below 1, an unknown output or activation, a dropout outside [0, 1).
     """
 
+    kind = "head"
     input_mean: Tensor
     input_std: Tensor
     centroids: Tensor
@@ -48,55 +67,91 @@ class FeatureTransferHead(nn.Module):
     def __init__(
         self,
         in_features: int,
-        out_features: int = 100,
-        hidden_features: int = 4096,
+        clusters: int = 100,
+        hidden_features: int | None = None,
         *,
-        output: str = "clusters",
+        output: str = "features",
         activation: str = "relu",
+        dropout: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_integer("in_features", in_features, at_least=1)
-        check_integer("out_features", out_features, at_least=1)
-        check_integer("hidden_features", hidden_features, at_least=1)
         check_choice("output", output, OUTPUTS)
+        if hidden_features is None:
+            hidden_features = HIDDEN_FEATURES[output]
+        if dropout is None:
+            dropout = DROPOUT[output]
+        check_integer("in_features", in_features, at_least=1)
+        check_integer("clusters", clusters, at_least=1)
+        check_integer("hidden_features", hidden_features, at_least=1)
         check_choice("activation", activation, ACTIVATIONS)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: got {dropout!r}, wanted a share in [0, 1)")
         self.output = output
         self.activation = activation
-        self.fc1 = nn.utils.skip_init(nn.Linear, in_features, hidden_features)
-        self.fc2 = nn.utils.skip_init(nn.Linear, hidden_features, out_features)
+        self.dropout = float(dropout)
+        out_features = in_features if output == "features" else clusters
+        make: Any = partial(nn.utils.skip_init, nn.Linear, device=torch.get_default_device())
+        self.fc1 = make(in_features, hidden_features)
+        self.fc2 = make(hidden_features, out_features)
         self.register_buffer("input_mean", torch.zeros(in_features))
         self.register_buffer("input_std", torch.ones(in_features))
-        self.register_buffer("centroids", torch.zeros(out_features, in_features))
+        self.register_buffer("centroids", torch.zeros(clusters, in_features))
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int = 0) -> None:
-        """He initialisation of both layers, from a generator of its own."""
+        """The initial weights: He initialisation, from a generator of its own; zero biases."""
         generator = torch.Generator().manual_seed(seed)
         for layer in (self.fc1, self.fc2):
+            if layer.weight.is_meta:
+                continue
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
             nn.init.zeros_(layer.bias)
+        if self.output == "features":
+            nn.init.zeros_(self.fc2.weight)
+
+    @property
+    def in_features(self) -> int:
+        """Width of the features that it takes."""
+        return int(self.fc1.in_features)
+
+    @property
+    def out_features(self) -> int:
+        """Width of what it returns: `in_features`, or the number of clusters."""
+        return int(self.fc2.out_features)
 
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that make a head of the same shape, as JSON types."""
         return {
-            "in_features": self.fc1.in_features,
-            "out_features": self.fc2.out_features,
+            "in_features": self.in_features,
+            "clusters": len(self.centroids),
             "hidden_features": self.fc1.out_features,
             "output": self.output,
             "activation": self.activation,
+            "dropout": self.dropout,
         }
 
     def hidden(self, features: Tensor) -> Tensor:
         """Activations between the layers: `(..., in_features) -> (..., hidden_features)`."""
+        rows = features.to(self.fc1.weight.dtype)
         activate = ACTIVATIONS[self.activation]
-        return activate(self.fc1((features - self.input_mean) / self.input_std))
+        hidden = activate(self.fc1((rows - self.input_mean) / self.input_std))
+        return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
     def forward(self, features: Tensor) -> Tensor:
-        """Cluster logits: `(..., in_features) -> (..., out_features)`."""
-        transferred: Tensor = self.fc2(self.hidden(features))
-        return transferred
+        """Transferred features, see the class; `ValueError` for another width."""
+        d = self.in_features
+        is_map = features.ndim == 4 and features.shape[1] == d
+        if not is_map and (features.ndim == 0 or features.shape[-1] != d):
+            raise ValueError(
+                f"features: got shape {tuple(features.shape)}, wanted (..., {d}) or (n, {d}, h, w)"
+            )
+        rows = features.movedim(1, -1) if is_map else features
+        second: Tensor = self.fc2(self.hidden(rows)).to(features.dtype)
+        if is_map:
+            second = second.movedim(-1, 1)
+        return second if self.output == "clusters" else features - second
 
     @torch.no_grad()
     def set_input_statistics(self, features: ArrayLike) -> None:
@@ -105,7 +160,7 @@ class FeatureTransferHead(nn.Module):
         A dimension that does not vary (and any, for n = 1) gets the standard deviation 1. Raises
         `ValueError` for another width, NaN or infinity; the head is then unchanged.
         """
-        rows = as_features("features", features, width=self.fc1.in_features)
+        rows = as_features("features", features, width=self.in_features)
         std, mean = torch.std_mean(rows, dim=0, correction=0)
         constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)
         self.input_mean.copy_(mean)
@@ -113,11 +168,11 @@ class FeatureTransferHead(nn.Module):
 
     @torch.no_grad()
     def set_centroids(self, centroids: ArrayLike) -> None:
-        """Keeps the HR centroids `(out_features, in_features)` that the logits stand for."""
-        rows = as_features("centroids", centroids, width=self.fc1.in_features)
-        if len(rows) != self.fc2.out_features:
+        """Keeps the HR centroids `(clusters, in_features)` that it was trained towards."""
+        rows = as_features("centroids", centroids, width=self.in_features)
+        if len(rows) != len(self.centroids):
             raise ValueError(
-                f"centroids: got {len(rows)}, wanted {self.fc2.out_features}, one an output"
+                f"centroids: got {len(rows)}, wanted {len(self.centroids)}, the head's clusters"
             )
         self.centroids.copy_(rows)
 
@@ -126,6 +181,8 @@ class FeatureTransferHead(nn.Module):
         self, features: ArrayLike, *, layer: str = "output", batch_size: int = 4096
     ) -> Tensor:
         """Rows through the head, without gradient, in batches: float32 `(n, k)` on the CPU.
+
+        The head is in eval mode meanwhile.
 
         Args:
             features: `(n, in_features)`.
@@ -136,8 +193,12 @@ class FeatureTransferHead(nn.Module):
             ValueError: another width, NaN or infinity, an unknown layer.
         """
         check_choice("layer", layer, ("output", "hidden"))
-        rows = as_features("features", features, width=self.fc1.in_features)
+        rows = as_features("features", features, width=self.in_features)
         run = self.forward if layer == "output" else self.hidden
-        weight = self.fc1.weight
-        parts = [run(part.to(weight.device, weight.dtype)) for part in rows.split(batch_size)]
+        weight, training = self.fc1.weight, self.training
+        self.eval()
+        try:
+            parts = [run(part.to(weight.device, weight.dtype)) for part in rows.split(batch_size)]
+        finally:
+            self.train(training)
         return torch.cat([part.to("cpu", torch.float32) for part in parts])

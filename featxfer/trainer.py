@@ -1,21 +1,24 @@
-"""PseudoLabelTrainer: features and pseudo-labels in, a trained head and its log out."""
+"""PseudoLabelTrainer: features and their targets in, a trained head and its log out."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featxfer._checks import ArrayLike, as_features, check_integer
+from featxfer._checks import ArrayLike, as_features, check_choice, check_integer, check_paired
 from featxfer.head import FeatureTransferHead
+from featxfer.objectives import LabelCrossEntropy, Objective, PrototypeDistillation
 from featxfer.pseudo_labels import Clustering, pseudo_labels
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("steps", "one-cycle")
 
 
 class DivergenceError(ArithmeticError):
@@ -28,16 +31,20 @@ class Recipe:
 
     The paper (section 4.3) names multinomial logistic loss, mini-batch SGD with momentum, weight
     decay and a learning rate that is stepped down. It states none of the values: all are ours.
+    The defaults are for the paper's head; `FEATURES_RECIPE` is for output "features".
 
     Args:
         epochs: passes over the rows, >= 1.
         batch_size: rows a step, >= 1.
-        learning_rate: of the first epochs, > 0.
-        momentum: in [0, 1).
-        weight_decay: of weights and biases, >= 0.
-        steps: the learning rate is multiplied by `gamma` once each of these shares of the epochs
-            is done, each in (0, 1).
+        learning_rate: the highest, > 0.
+        momentum: in [0, 1); of "adamw" the first beta.
+        weight_decay: of weights and biases, >= 0; "adamw" decouples it.
+        steps: of schedule "steps": the learning rate is multiplied by `gamma` once each of these
+            shares of the training is done, each in (0, 1).
         gamma: > 0.
+        optimizer: "sgd" (the paper) or "adamw".
+        schedule: "steps" (the paper), or "one-cycle": up in a straight line over the first 30% of
+            the training, down to zero along a cosine.
 
     Raises:
         ValueError: a value outside of these.
@@ -50,6 +57,8 @@ class Recipe:
     weight_decay: float = 5e-4
     steps: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
+    optimizer: str = "sgd"
+    schedule: str = "steps"
 
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, at_least=1)
@@ -63,20 +72,60 @@ class Recipe:
         ):
             if not valid:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {wanted}")
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
 
-    def learning_rate_at(self, epoch: int) -> float:
-        """The learning rate of epoch 0, 1, ..."""
-        passed = sum(epoch >= step * self.epochs for step in self.steps)
-        return self.learning_rate * self.gamma**passed
+    def learning_rate_at(self, epoch: int, share: float = 0.0) -> float:
+        """The learning rate of epoch 0, 1, ... once a `share` in [0, 1) of that epoch is done.
+
+        Schedule "steps" changes it between epochs only.
+        """
+        if self.schedule == "steps":
+            passed = sum(epoch >= step * self.epochs for step in self.steps)
+            return self.learning_rate * self.gamma**passed
+        progress = (epoch + share) / self.epochs
+        if progress < _WARM_UP:
+            return self.learning_rate * (0.04 + 0.96 * progress / _WARM_UP)
+        down = (progress - _WARM_UP) / (1 - _WARM_UP)
+        return self.learning_rate * (1 + math.cos(math.pi * down)) / 2
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of these parameters."""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                parameters,
+                lr=self.learning_rate,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
+        return torch.optim.AdamW(
+            parameters,
+            lr=self.learning_rate,
+            betas=(self.momentum, 0.999),
+            weight_decay=self.weight_decay,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON types."""
         return {**dataclasses.asdict(self), "steps": list(self.steps)}
 
 
+FEATURES_RECIPE = Recipe(
+    epochs=80,
+    batch_size=256,
+    learning_rate=3e-4,
+    weight_decay=0.05,
+    optimizer="adamw",
+    schedule="one-cycle",
+)
+"""For a head with output "features"."""
+
+_WARM_UP = 0.3
+
+
 @dataclass(frozen=True)
 class EpochLog:
-    """One epoch: mean loss (nats), label accuracy in [0, 1] while training, rate and seconds."""
+    """One epoch: mean loss, label accuracy in [0, 1] while training, first rate and seconds."""
 
     epoch: int
     loss: float
@@ -86,46 +135,50 @@ class EpochLog:
 
 
 class PseudoLabelTrainer:
-    """Trains a head, or any module from features to logits, on pseudo-labels.
+    """Trains a head, or any module from features to what an objective takes.
 
     Features are held in memory and drawn without a DataLoader. `fit` runs the whole recipe;
     `step` does one mini-batch, for a loop of one's own.
 
     Args:
-        head: `(n, d) -> (n, k)`; trained in place, on the device of its parameters.
+        head: of rows `(n, d)`; trained in place, on the device of its parameters.
         recipe: see `Recipe`.
-        seed: of the order of the rows. The global random state is neither read nor changed.
+        objective: what is minimised; by default the paper's cross-entropy on pseudo-labels.
+        seed: of the order of the rows and of dropout. In `fit` the global random state is neither
+            read nor changed.
     """
 
-    def __init__(self, head: nn.Module, recipe: Recipe | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        head: nn.Module,
+        recipe: Recipe | None = None,
+        *,
+        objective: Objective | None = None,
+        seed: int = 0,
+    ) -> None:
         check_integer("seed", seed, at_least=0)
         self.head = head
         self.recipe = recipe or Recipe()
+        self.objective = objective or LabelCrossEntropy()
         self.seed = seed
-        self.optimizer = torch.optim.SGD(
-            head.parameters(),
-            lr=self.recipe.learning_rate,
-            momentum=self.recipe.momentum,
-            weight_decay=self.recipe.weight_decay,
-        )
+        self.optimizer = self.recipe.make_optimizer(head.parameters())
 
-    def step(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One update on a mini-batch: features `(b, d)`, labels int64 `(b,)`, on the head's device.
+    def step(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One update on a mini-batch of features `(b, d)` and their targets, on the head's device.
 
         Returns the loss before the update, detached, and the number of right labels: two scalars.
         The learning rate is the optimizer's own: set it as you like.
         """
-        logits = self.head(features)
-        loss = F.cross_entropy(logits, labels)
+        loss, right = self.objective(self.head(features), targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+        return loss.detach(), right
 
     def fit(
         self,
         features: ArrayLike,
-        labels: Tensor,
+        targets: Tensor,
         *,
         callback: Callable[[EpochLog], object] | None = None,
     ) -> list[EpochLog]:
@@ -136,7 +189,8 @@ class PseudoLabelTrainer:
 
         Args:
             features: `(n, d)`.
-            labels: int64 `(n,)`, each in [0, k).
+            targets: a row each, as the objective takes them: pseudo-labels int64 `(n,)`, or HR
+                features `(n, d)`.
             callback: called after each epoch with its log; an exception from it ends training.
 
         Raises:
@@ -144,38 +198,38 @@ class PseudoLabelTrainer:
             DivergenceError: a loss that is not finite; the head keeps the last good epoch.
         """
         rows = as_features("features", features)
-        if labels.shape != (len(rows),) or labels.dtype != torch.int64 or int(labels.min()) < 0:
-            raise ValueError(
-                f"labels: got {labels.dtype} {tuple(labels.shape)}, "
-                f"wanted int64 ({len(rows)},), none negative"
-            )
         device = next(self.head.parameters()).device
-        rows, labels = rows.to(device), labels.to(device)
         generator = torch.Generator().manual_seed(self.seed)
         training, log = self.head.training, []
+        devices = [device] if device.type == "cuda" else []
         try:
-            self._check_labels(rows, labels)
+            rows, targets = rows.to(device), targets.to(device)
+            with torch.no_grad():
+                self.objective.check(self.head.eval()(rows[:1]), targets, len(rows))
             self.head.train()
-            for epoch in range(self.recipe.epochs):
-                log.append(self._epoch(epoch, rows, labels, generator))
-                if callback is not None:
-                    callback(log[-1])
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(self.seed)
+                for epoch in range(self.recipe.epochs):
+                    log.append(self._epoch(epoch, rows, targets, generator))
+                    if callback is not None:
+                        callback(log[-1])
         finally:
             self.head.train(training)
         return log
 
     def _epoch(
-        self, epoch: int, rows: Tensor, labels: Tensor, generator: torch.Generator
+        self, epoch: int, rows: Tensor, targets: Tensor, generator: torch.Generator
     ) -> EpochLog:
         start = time.perf_counter()
-        rate = self.recipe.learning_rate_at(epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         good = {name: value.clone() for name, value in self.head.state_dict().items()}
-        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        batches = torch.randperm(len(rows), generator=generator).split(self.recipe.batch_size)
+        first_rate = self.recipe.learning_rate_at(epoch)
         losses, right = [], []
-        for batch in order.split(self.recipe.batch_size):
-            loss, hits = self.step(rows[batch], labels[batch])
+        for step, batch in enumerate(batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate_at(epoch, step / len(batches))
+            batch = batch.to(rows.device)
+            loss, hits = self.step(rows[batch], targets[batch])
             losses.append(loss * len(batch))
             right.append(hits)
         mean_loss = float(torch.stack(losses).sum()) / len(rows)
@@ -185,20 +239,13 @@ class PseudoLabelTrainer:
             step = finite.index(False) if False in finite else len(finite)
             raise DivergenceError(
                 f"loss or weights are not finite at epoch {epoch}, step {step} (learning rate "
-                f"{rate:g}); the head keeps the weights from before that epoch"
+                f"{first_rate:g}); the head keeps the weights from before that epoch"
             )
         accuracy = int(torch.stack(right).sum()) / len(rows)
-        return EpochLog(epoch, mean_loss, accuracy, rate, time.perf_counter() - start)
+        return EpochLog(epoch, mean_loss, accuracy, first_rate, time.perf_counter() - start)
 
     def _weights_are_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.head.parameters())
-
-    @torch.no_grad()
-    def _check_labels(self, rows: Tensor, labels: Tensor) -> None:
-        """Raises `ValueError` for a label that the head, left in eval mode, has no output for."""
-        outputs = self.head.eval()(rows[:1]).shape[-1]
-        if int(labels.max()) >= outputs:
-            raise ValueError(f"labels: got {int(labels.max())}, wanted labels below {outputs}")
 
 
 def fit_head(
@@ -212,10 +259,10 @@ def fit_head(
     seed: int = 0,
     callback: Callable[[EpochLog], object] | None = None,
 ) -> list[EpochLog]:
-    """Trains a head on the pseudo-labels of a clustering and leaves the centroids in it.
+    """Trains the paper's head on the pseudo-labels of a clustering; leaves the centroids in it.
 
     Args:
-        head: with k outputs; its input statistics are as the caller set them.
+        head: output "clusters", k of them; its input statistics are as the caller set them.
         hr: HR features `(n, d)`, scaled as those that were clustered.
         lr: LR features `(n, d)` of the same images, scaled alike.
         clustering: of the HR features, k clusters.
@@ -227,6 +274,51 @@ def fit_head(
     Raises:
         ValueError, DivergenceError: as `pseudo_labels` and `PseudoLabelTrainer.fit`.
     """
+    check_choice("head's output", head.output, ("clusters",))
     targets = pseudo_labels(hr, lr, clustering.centroids, labels)
     head.set_centroids(clustering.centroids)
     return PseudoLabelTrainer(head, recipe, seed=seed).fit(lr, targets, callback=callback)
+
+
+def fit_features_head(
+    head: FeatureTransferHead,
+    hr: ArrayLike,
+    lr: Sequence[ArrayLike],
+    clustering: Clustering,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    callback: Callable[[EpochLog], object] | None = None,
+) -> list[EpochLog]:
+    """Trains a head with output "features" towards the HR features of the same images (ours).
+
+    HR features are among its inputs as well, with themselves as targets, so that HR images come
+    out as they went in. Leaves the input's statistics and the centroids in the head.
+
+    Args:
+        head: output "features", as many clusters as the clustering.
+        hr: HR features `(n, d)`, as they come.
+        lr: LR features `(n, d)` of the same images, one array a degradation, at least one.
+        clustering: of the HR features or of their directions.
+        recipe: see `Recipe`; by default `FEATURES_RECIPE`.
+        seed: of the order of the rows and of dropout.
+        callback: see `PseudoLabelTrainer.fit`.
+
+    Raises:
+        ValueError: other shapes, NaN or infinity, HR features without variance.
+        DivergenceError: as `PseudoLabelTrainer.fit`.
+    """
+    check_choice("head's output", head.output, ("features",))
+    target = as_features("hr", hr, width=head.in_features)
+    views = [as_features(f"lr[{index}]", rows) for index, rows in enumerate(lr)]
+    if not views:
+        raise ValueError("lr: got none, wanted the LR features of at least one degradation")
+    for view in views:
+        check_paired(target, view)
+    variance = float((target - target.mean(0)).square().sum(1).mean())
+    objective = PrototypeDistillation(clustering.centroids, variance)
+    inputs = torch.cat([*views, target])
+    head.set_input_statistics(inputs)
+    head.set_centroids(clustering.centroids)
+    trainer = PseudoLabelTrainer(head, recipe or FEATURES_RECIPE, objective=objective, seed=seed)
+    return trainer.fit(inputs, target.repeat(len(views) + 1, 1), callback=callback)

@@ -90,6 +90,7 @@ class Transfer:
             self.lr.shape[1],
             sizes.clusters,
             sizes.hidden,
+            output="clusters",
             activation=self.network.activation,
             seed=seed,
         )
@@ -99,7 +100,7 @@ class Transfer:
 
     def head(self, sizes: Sizes, seed: int) -> FeatureTransferHead:
         """The trained head of these sizes and this seed."""
-        return load_head(self._trained(sizes, seed))[0]
+        return FeatureTransferHead.from_pretrained(self._trained(sizes, seed))
 
     def log(self, sizes: Sizes, seed: int) -> dict[str, Any]:
         """Loss and label accuracy of its last epoch, and seconds of training."""
@@ -140,7 +141,8 @@ class Transfer:
                 callback=lambda _: bar.update(),
             )
         details = {**key, "log": [dataclasses.asdict(epoch) for epoch in log]}
-        save_head(head, folder, Card(*self._card, details))
+        name, sha256, degradation = self._card
+        save_head(head, folder, Card(name, sha256, (degradation,), details))
 
 
 @dataclass(frozen=True)

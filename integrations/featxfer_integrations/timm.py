@@ -8,9 +8,17 @@ from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from featxfer import Backbone, Preprocessing
+from featxfer_integrations._attach import (
+    AttachError,
+    Place,
+    gives_clusters,
+    hook_modules,
+    transfers_of,
+    unhook_modules,
+)
 from featxfer_integrations._weights import (
     BackboneError,
     load_by_name,
@@ -36,12 +44,126 @@ def load(name: str, weights: str | Path) -> Backbone:
         load_demo(model, name)
     elif weights not in ("pretrained", "random"):
         load_by_name(model, read_state_dict(Path(weights)), _classifier(model, name))
-    config = resolve_model_data_config(model)
     model.reset_classifier(0)
-    fixed = config["input_size"][-1] if model.pretrained_cfg.get("fixed_input_size") else None
     host = f"timm {timm.__version__}"
-    preprocessing = Preprocessing(tuple(config["mean"]), tuple(config["std"]), fixed)
-    return Backbone(model.eval(), preprocessing, f"timm/{name}", str(weights), host)
+    return Backbone(model.eval(), preprocessing(model), f"timm/{name}", str(weights), host)
+
+
+def model_name(model: Any) -> str:
+    """As `load_backbone` takes it; a model made by hand goes by its class."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return f"timm/{cfg.get('architecture') or type(model).__name__}"
+
+
+def preprocessing(model: Any) -> Preprocessing:
+    """Mean, std and, where the model takes no other, the input size of its weights."""
+    config = resolve_model_data_config(model)
+    fixed = input_size(model) if model.pretrained_cfg.get("fixed_input_size") else None
+    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), fixed)
+
+
+def input_size(model: Any) -> int:
+    """Side of the images that the model is made for, in pixels."""
+    return int(resolve_model_data_config(model)["input_size"][-1])
+
+
+def pooled_place(model: Any) -> Place:
+    """Before `get_classifier()` and after `forward_head(pre_logits=True)`.
+
+    Headless, it is what `forward_head` returns.
+    """
+    if not hasattr(model, "forward_head") or not hasattr(model, "get_classifier"):
+        raise AttachError(
+            f"model: timm's {type(model).__name__} has no classification head; name the module "
+            "whose output is the feature by where=, or a stage by at="
+        )
+    classifiers = _classifiers(model)
+    widths = {_input_width(module) for module in classifiers.values()} - {None}
+    if len(widths) > 1:
+        raise AttachError(
+            f"model: the classifiers of timm's {type(model).__name__} take features of several "
+            f"widths, {sorted(map(str, widths))}; one head fits one width"
+        )
+    said = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
+    return Place(
+        "pooled",
+        next(iter(widths), said),
+        inputs=tuple(classifiers),
+        methods={"forward_head": _forward_head, "reset_classifier": _reset_classifier},
+        feature=_pre_logits,
+    )
+
+
+def stage_place(model: Any, stage: int) -> Place:
+    """After entry `stage` of `feature_info`, as `out_indices=(stage,)` counts them."""
+    from featxfer_integrations.attach import module_place
+
+    info = getattr(model, "feature_info", None) or []
+    entries = list(getattr(info, "info", info))
+    if stage >= len(entries) or "module" not in entries[stage]:
+        names = [f"stage{i} = {e['module']}" for i, e in enumerate(entries) if "module" in e]
+        raise AttachError(
+            f"at: timm's {type(model).__name__} has no stage{stage}; "
+            f"it has {', '.join(names) or 'none'}"
+        )
+    return module_place(model, str(entries[stage]["module"]))
+
+
+def _classifiers(model: Any) -> dict[str, nn.Module]:
+    """The classifiers by name; none of a headless model."""
+    found = model.get_classifier()
+    if isinstance(found, nn.ModuleList | tuple | list):
+        wanted = [module for module in found if isinstance(module, nn.Module)]
+    else:
+        wanted = [found] if isinstance(found, nn.Module) else []
+    names = {module: name for name, module in model.named_modules()}
+    return {names[m]: m for m in wanted if m in names and not isinstance(m, nn.Identity)}
+
+
+def _input_width(classifier: nn.Module) -> int | None:
+    for layer in classifier.modules():
+        if isinstance(layer, nn.Linear):
+            return int(layer.in_features)
+        if isinstance(layer, nn.Conv2d):
+            return int(layer.in_channels)
+    return None
+
+
+def _pre_logits(model: Any, images: Tensor) -> Tensor:
+    feature: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    return feature
+
+
+def _forward_head(model: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of the model's own: pre-logits and headless results are transferred."""
+    result = type(model).forward_head(model, x, *args, **kwargs)
+    pre_logits = args[0] if args else kwargs.get("pre_logits", False)
+    if pre_logits or not _classifiers(model):
+        return transfers_of(model).transfer("pooled", result)
+    return result
+
+
+def _reset_classifier(model: Any, num_classes: int, *args: Any, **kwargs: Any) -> None:
+    """In place of the model's own: the new classifier sees transferred features as well.
+
+    Where the model refuses, or the head does not fit the new classifiers, it is left headless.
+    """
+    head = transfers_of(model)["pooled"]
+    if num_classes and gives_clusters(head):
+        raise AttachError(
+            f"reset_classifier: timm's classifiers take {head.in_features} features, the attached "
+            f"head gives {head.out_features} cluster logits; put a layer of your own on them, or "
+            "detach_transfer first"
+        )
+    unhook_modules(model, "pooled")
+    try:
+        type(model).reset_classifier(model, num_classes, *args, **kwargs)
+        place = pooled_place(model)
+    except Exception:
+        type(model).reset_classifier(model, 0)
+        hook_modules(model, pooled_place(model))
+        raise
+    hook_modules(model, place)
 
 
 def _create(name: str, *, pretrained: bool) -> nn.Module:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
+import torch
 import torchvision
 import torchvision.models
-from torch import nn
+from torch import Tensor, nn
 
 from featxfer import Backbone, Preprocessing
+from featxfer.backbone import frozen
+from featxfer_integrations._attach import AttachError, Place
 from featxfer_integrations._weights import BackboneError, load_by_name, read_state_dict
 
 
@@ -40,8 +44,90 @@ def load(name: str, weights: str | Path) -> Backbone:
     transforms = default.transforms()
     fixed = getattr(model, "image_size", None)
     host = f"torchvision {torchvision.__version__}"
-    preprocessing = Preprocessing(tuple(transforms.mean), tuple(transforms.std), fixed)
-    return Backbone(model.eval(), preprocessing, f"torchvision/{name}", str(weights), host)
+    normalisation = Preprocessing(tuple(transforms.mean), tuple(transforms.std), fixed)
+    return Backbone(model.eval(), normalisation, f"torchvision/{name}", str(weights), host)
+
+
+def model_name(model: nn.Module) -> str:
+    """The model's class: torchvision's models do not keep their builder's name."""
+    return f"torchvision/{type(model).__name__}"
+
+
+def preprocessing(model: nn.Module) -> Preprocessing:
+    """ImageNet's mean and std, as of most weights: the model does not keep its own."""
+    return Preprocessing(input_size=getattr(model, "image_size", None))
+
+
+def input_size(model: nn.Module) -> int:
+    """Side of the images that the model is made for, in pixels."""
+    return int(getattr(model, "image_size", None) or 224)
+
+
+def pooled_place(model: nn.Module) -> Place:
+    """Before the last layer with weights of the last child, or the `Identity` in its stead."""
+    *_, (child, last) = model.named_children()
+    for name, layer in reversed(list(last.named_modules(prefix=child))):
+        width = None
+        if isinstance(layer, nn.Linear):
+            width = layer.in_features
+        elif isinstance(layer, nn.Conv2d):
+            width = layer.in_channels
+        elif not isinstance(layer, nn.Identity):
+            if list(layer.parameters(recurse=False)):
+                break
+            continue
+        return Place("pooled", width, inputs=(name,))
+    raise AttachError(
+        f"model: the last child {child!r} of torchvision's {type(model).__name__} ends in no "
+        "linear layer; name the module whose output is the feature by where="
+    )
+
+
+def stage_place(model: nn.Module, stage: int) -> Place:
+    """After the last layer of each resolution of the feature maps, from the highest one."""
+    from featxfer_integrations.attach import module_place
+
+    layers = _layers_by_resolution(model)
+    if stage >= len(layers):
+        names = ", ".join(f"stage{index} = {name}" for index, name in enumerate(layers))
+        raise AttachError(
+            f"at: {type(model).__name__} has no stage{stage}; it has {names or 'none'}"
+        )
+    return module_place(model, layers[stage])
+
+
+def _layers_by_resolution(model: nn.Module) -> list[str]:
+    """Names of the last layers that give maps of 1/2, 1/4, ... of the image; from one run.
+
+    Layers are the model's children, and the children of lists of layers among them.
+    """
+    size = input_size(model)
+    last: dict[int, str] = {}
+
+    def note(_: nn.Module, __: object, output: object, *, name: str) -> None:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else ()
+        side = shape[1] if len(shape) == 4 and shape[1] == shape[2] else shape[-1] if shape else 0
+        if len(shape) == 4 and 1 < side < size:
+            last[round(size / side)] = name
+
+    handles = [
+        layer.register_forward_hook(partial(note, name=name)) for name, layer in _layers(model)
+    ]
+    like = next(model.parameters())
+    try:
+        with frozen(model):
+            model(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for _, name in sorted(last.items())]
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in model.named_children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            yield from ((f"{name}.{inner}", layer) for inner, layer in child.named_children())
+        yield name, child
 
 
 def find_classifier(model: nn.Module, classes: int) -> str:

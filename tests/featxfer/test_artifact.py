@@ -12,12 +12,12 @@ import torch
 from featxfer import ArtifactError, Card, Degradation, FeatureTransferHead, load_head, save_head
 from featxfer._files import DiskError
 
-CARD = Card("tiny", "ab" * 32, Degradation(lr_size=16), {"seed": 3, "log": [1.5]})
+CARD = Card("tiny", "ab" * 32, (Degradation(lr_size=16),), {"seed": 3, "log": [1.5]})
 
 
 @pytest.fixture
 def head() -> FeatureTransferHead:
-    head = FeatureTransferHead(6, 4, 8, activation="gelu", seed=1)
+    head = FeatureTransferHead(6, 4, 8, output="clusters", activation="gelu", seed=1)
     head.set_input_statistics(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))
     return head
 
@@ -53,9 +53,13 @@ def test_round_trip(head: FeatureTransferHead, tmp_path: Path) -> None:
 
 def test_only_safetensors_and_json_are_written(head: FeatureTransferHead, tmp_path: Path) -> None:
     save_head(head, tmp_path, CARD)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["card.json", "head.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "card.json",
+        "head.safetensors",
+    ]
     assert set(safetensors.torch.load_file(tmp_path / "head.safetensors")) == set(head.state_dict())
-    assert json.loads((tmp_path / "card.json").read_text())["degradation"]["lr_size"] == 16
+    assert json.loads((tmp_path / "card.json").read_text())["degradations"][0]["lr_size"] == 16
 
 
 def test_another_width_or_backbone_is_refused(head: FeatureTransferHead, tmp_path: Path) -> None:
@@ -90,18 +94,19 @@ def test_every_truncation_and_flip_is_one_error(head: FeatureTransferHead, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format=99), "not a head's card of format 1"),
+        (lambda c: c.update(format=99), "not a head's card of format 2"),
         (lambda c: c.pop("head"), "KeyError: 'head'"),
+        (lambda c: c.update(kind="tail"), "KeyError: 'tail'"),
         (lambda c: c.pop("weights_sha256"), "are not those that card"),
         (lambda c: c["head"].update(in_features=10**9), "the card says"),
-        (lambda c: c["head"].update(hidden_features=-8), "the card says"),
-        (lambda c: c["head"].update(in_features="6"), "the card says"),
+        (lambda c: c["head"].update(hidden_features=-8), "hidden_features: got -8"),
+        (lambda c: c["head"].update(in_features="6"), "in_features: got '6'"),
         (lambda c: c["head"].update(output="other"), "output: got 'other'"),
         (lambda c: c["head"].update(extra=1), "TypeError"),
         (lambda c: c.update(head=[]), "TypeError"),
-        (lambda c: c["degradation"].update(lr_size=0), "lr_size: got 0"),
-        (lambda c: c["degradation"].pop("kernel"), "degradation: got fields"),
-        (lambda c: c.update(degradation=3), "TypeError"),
+        (lambda c: c["degradations"][0].update(lr_size=0), "lr_size: got 0"),
+        (lambda c: c["degradations"][0].pop("kernel"), "degradation: got fields"),
+        (lambda c: c.update(degradations=3), "TypeError"),
     ],
 )
 def test_hostile_cards_are_one_typed_error(
@@ -127,10 +132,10 @@ def test_missing_extra_and_nan_tensors(head: FeatureTransferHead, tmp_path: Path
     save_head(head, tmp_path, CARD)
     state = dict(head.state_dict())
     rewrite_weights(tmp_path, {k: v for k, v in state.items() if k != "fc2.bias"})
-    with pytest.raises(ArtifactError, match=r"Missing key.*fc2\.bias"):
+    with pytest.raises(ArtifactError, match=r"missing tensor fc2\.bias"):
         load_head(tmp_path)
     rewrite_weights(tmp_path, {**state, "fc3.bias": torch.zeros(2)})
-    with pytest.raises(ArtifactError, match=r"Unexpected key.*fc3\.bias"):
+    with pytest.raises(ArtifactError, match=r"unexpected tensor fc3\.bias"):
         load_head(tmp_path)
     rewrite_weights(tmp_path, {**state, "fc1.bias": torch.full((8,), float("nan"))})
     with pytest.raises(ArtifactError, match=r"fc1\.bias has NaN or infinity"):
@@ -152,6 +157,6 @@ def test_a_full_disk_keeps_the_older_head(
 
         monkeypatch.setattr("featxfer._files.os.fsync", full)
         with pytest.raises(DiskError, match=rf"could not write .*{name}: No space left"):
-            save_head(FeatureTransferHead(6, 4, 8, seed=9), tmp_path, CARD)
-        assert torch.equal(load_head(tmp_path)[0].fc1.weight, head.fc1.weight)
-        assert len(list(tmp_path.iterdir())) == 2
+            save_head(FeatureTransferHead(6, 4, 8, output="clusters", seed=9), tmp_path, CARD)
+        assert torch.equal(load_head(tmp_path)[0].state_dict()["fc1.weight"], head.fc1.weight)
+        assert len(list(tmp_path.iterdir())) == 3

@@ -16,7 +16,7 @@ ROWS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)) * 3 + 5
 
 @pytest.fixture
 def head() -> FeatureTransferHead:
-    head = FeatureTransferHead(12, 7, 32, seed=3)
+    head = FeatureTransferHead(12, 7, 32, output="clusters", seed=3)
     head.set_input_statistics(ROWS)
     return head
 
@@ -35,7 +35,7 @@ def test_leading_dimensions_are_kept(head: FeatureTransferHead, shape: tuple[int
 
 
 def test_he_initialisation_of_both_layers() -> None:
-    head = FeatureTransferHead(400, 300, 500, seed=0)
+    head = FeatureTransferHead(400, 300, 500, output="clusters", seed=0)
     for layer in (head.fc1, head.fc2):
         assert float(layer.weight.detach().std()) == pytest.approx(
             math.sqrt(2 / layer.in_features), rel=0.02
@@ -47,15 +47,17 @@ def test_he_initialisation_of_both_layers() -> None:
 def test_initialisation_is_by_seed_and_leaves_the_global_state_alone() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first, same, other = (FeatureTransferHead(12, 7, 32, seed=s) for s in (1, 1, 2))
+    first, same, other = (
+        FeatureTransferHead(12, 7, 32, output="clusters", seed=s) for s in (1, 1, 2)
+    )
     assert torch.equal(first.fc1.weight, same.fc1.weight)
     assert not torch.equal(first.fc1.weight, other.fc1.weight)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_papers_sizes_are_the_default() -> None:
-    config = FeatureTransferHead(2048).config
-    assert (config["hidden_features"], config["out_features"]) == (4096, 100)
+    config = FeatureTransferHead(2048, output="clusters").config
+    assert (config["hidden_features"], config["clusters"]) == (4096, 100)
 
 
 def test_config_makes_the_same_head(head: FeatureTransferHead) -> None:
@@ -66,12 +68,12 @@ def test_config_makes_the_same_head(head: FeatureTransferHead) -> None:
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
 def test_activations(activation: str) -> None:
-    hidden = FeatureTransferHead(12, 7, 32, activation=activation).hidden(ROWS)
+    hidden = FeatureTransferHead(12, 7, 32, output="clusters", activation=activation).hidden(ROWS)
     assert bool((hidden >= 0).all()) == (activation == "relu")
 
 
 def test_constant_dimensions_and_single_rows_stay_finite() -> None:
-    head = FeatureTransferHead(12, 7, 32)
+    head = FeatureTransferHead(12, 7, 32, output="clusters")
     rows = ROWS.clone()
     rows[:, 4] = 1e6
     head.set_input_statistics(rows)
@@ -105,7 +107,7 @@ def test_copies_pickles_and_sequences(head: FeatureTransferHead) -> None:
 def test_centroids_travel_with_the_state(head: FeatureTransferHead) -> None:
     centroids = torch.randn(7, 12)
     head.set_centroids(centroids)
-    other = FeatureTransferHead(12, 7, 32)
+    other = FeatureTransferHead(12, 7, 32, output="clusters")
     other.load_state_dict(head.state_dict())
     assert torch.equal(other.centroids, centroids)
 
@@ -114,9 +116,9 @@ def test_centroids_travel_with_the_state(head: FeatureTransferHead) -> None:
     ("arguments", "message"),
     [
         ({"in_features": 0}, "in_features: got 0, wanted an int >= 1"),
-        ({"out_features": -1}, "out_features: got -1"),
+        ({"clusters": -1}, "clusters: got -1"),
         ({"hidden_features": 1.5}, r"hidden_features: got 1\.5"),
-        ({"output": "logits"}, "output: got 'logits', wanted one of 'clusters'"),
+        ({"output": "logits"}, "output: got 'logits', wanted one of 'features', 'clusters'"),
         ({"activation": "elu"}, "activation: got 'elu', wanted one of 'relu', 'gelu', 'identity'"),
     ],
 )
@@ -131,7 +133,7 @@ def test_bad_rows_leave_the_head_unchanged(head: FeatureTransferHead) -> None:
         head.set_input_statistics(ROWS[:, 1:])
     with pytest.raises(ValueError, match="features: row 0 has NaN"):
         head.set_input_statistics(ROWS * math.nan)
-    with pytest.raises(ValueError, match="centroids: got 64, wanted 7, one an output"):
+    with pytest.raises(ValueError, match="centroids: got 64, wanted 7, the head's clusters"):
         head.set_centroids(ROWS)
     with pytest.raises(ValueError, match="layer: got 'fc1', wanted one of 'output', 'hidden'"):
         head.transfer(ROWS, layer="fc1")

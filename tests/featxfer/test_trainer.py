@@ -25,7 +25,7 @@ RECIPE = Recipe(epochs=8, batch_size=32, learning_rate=0.05)
 
 
 def new_head(seed: int = 0) -> FeatureTransferHead:
-    return FeatureTransferHead(10, 6, 64, seed=seed)
+    return FeatureTransferHead(10, 6, 64, output="clusters", seed=seed)
 
 
 def test_it_learns_the_labels() -> None:

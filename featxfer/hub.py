@@ -1,0 +1,119 @@
+"""TransferModule: what a head and a block share, among it saving, loading and the model hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from featxfer.artifact import Card
+
+T = TypeVar("T", bound="TransferModule")
+
+
+class TransferModule(nn.Module, PyTorchModelHubMixin):
+    """A module that keeps the shape or the meaning of features, with a card that says for what.
+
+    Attributes:
+        card: what it was trained on and for; None until it is trained or loaded.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.card: Card | None = None
+
+    @property
+    def in_features(self) -> int:
+        """Width or channels of what it takes."""
+        raise NotImplementedError
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make a module of the same shape, as JSON types."""
+        raise NotImplementedError
+
+    def set_input_statistics(self, features: Tensor) -> None:
+        """Takes mean and standard deviation a dimension or channel from `features`."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Writes weights, card and README into a folder; see `featxfer.save_head`.
+
+        Args:
+            save_directory: made if need be.
+            config: of the mixin; the config is the module's own.
+            repo_id: with `push_to_hub`; by default the folder's name.
+            push_to_hub: whether to upload as well; returns the commit's address then.
+            model_card_kwargs: of the mixin; the README is made from the card.
+            **push_to_hub_kwargs: see `push_to_hub`.
+
+        Raises:
+            ValueError: it has no card, so nothing says what it is for; a config of one's own.
+            TypeError: arguments of `push_to_hub` without it, or unknown ones.
+            DiskError: the disk refuses; what was saved there before is as it was.
+        """
+        from featxfer.artifact import save_head
+
+        if config is not None or model_card_kwargs is not None:
+            raise ValueError("config, model_card_kwargs: wanted None, the card says it all")
+        if push_to_hub_kwargs and not push_to_hub:
+            raise TypeError(f"got {sorted(push_to_hub_kwargs)} without push_to_hub=True")
+        if self.card is None:
+            raise ValueError(
+                f"card: this {self.kind} has none; train it with fit_transfer, or set its `card`"
+            )
+        save_head(self, save_directory, self.card)
+        if not push_to_hub:
+            return None
+        return str(self.push_to_hub(repo_id or Path(save_directory).name, **push_to_hub_kwargs))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T], pretrained_model_name_or_path: str | Path, **download: Any
+    ) -> T:
+        """Reads what `save_pretrained` wrote, on the CPU, in eval mode, with its card.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the id of a repository on the model hub.
+            **download: arguments of `huggingface_hub.snapshot_download`: revision, token, ...
+
+        Raises:
+            FileNotFoundError: no such folder, or the hub cannot be reached or has none of it.
+            ArtifactError: damaged files, or one of another kind.
+        """
+        from featxfer.artifact import ArtifactError, load_head
+
+        folder = find_files(pretrained_model_name_or_path, **download)
+        module, _ = load_head(folder)
+        if not isinstance(module, cls):
+            raise ArtifactError(f"{folder}: holds a {module.kind}, wanted a {cls.__name__}")
+        return module
+
+
+def find_files(source: str | Path, **download: Any) -> Path:
+    """The folder of a saved module: `source` itself, or where the hub's files were put."""
+    from featxfer.artifact import CARD, WEIGHTS
+
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CARD], **download))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"head: {str(source)!r} is no folder, and the model hub gave none: {error}"
+        ) from error

@@ -1,0 +1,235 @@
+"""How a head or block is attached to a model, switched off and taken away; knows torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featxfer.hub import TransferModule
+
+CHILD = "feature_transfer"
+"""Name of the host's child that holds what is attached."""
+
+
+class AttachError(ValueError):
+    """Nothing could be attached, or nothing is; the model is as it was."""
+
+
+class Transfers(nn.ModuleDict):
+    """What is attached to one host, by place; the host's only new child.
+
+    It is a child of the host and not of the hooked modules, since these may be replaced
+    (`reset_classifier`), may be several that share one head, or run their children (`Sequential`).
+    A host that is a `Sequential` runs this module last: it returns what it gets.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+        self.replaced_methods: list[str] = []
+
+    def forward(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+    def transfer(self, place: str, features: Tensor) -> Tensor:
+        """`features` through what is attached at `place`, or as they are while disabled."""
+        if not self.enabled:
+            return features
+        transferred: Tensor = self[place](features)
+        return transferred
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """A checkpoint of the plain host, without any of these tensors, leaves them as they are."""
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a host something is attached.
+
+    Args:
+        name: key in `Transfers`: "pooled", or the stage's or module's name without dots.
+        width: features or channels there; None if the host does not say.
+        inputs: names of modules whose input is transferred; classifiers.
+        outputs: names of modules whose output is transferred.
+        methods: method name -> function (host, *args) that replaces it on the host.
+        feature: (host, images) -> the plain feature at the place; by default what arrives there.
+    """
+
+    name: str
+    width: int | None
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    feature: Callable[[nn.Module, Tensor], Tensor] | None = None
+
+
+def transfers_of(host: nn.Module) -> Transfers:
+    """What is attached to `host`; raises `AttachError` if nothing is."""
+    found = host._modules.get(CHILD)
+    if not isinstance(found, Transfers):
+        raise AttachError(f"model: nothing is attached to this {type(host).__name__}")
+    return found
+
+
+def is_attached(host: nn.Module) -> bool:
+    """Whether something is attached to `host` itself."""
+    return isinstance(host._modules.get(CHILD), Transfers)
+
+
+def install(host: nn.Module, place: Place, module: TransferModule) -> None:
+    """Makes `module` act at `place`; everything has been checked before."""
+    if not is_attached(host):
+        host.add_module(CHILD, Transfers())
+    transfers = transfers_of(host)
+    transfers[place.name] = module
+    module.train(host.training)
+    hook_modules(host, place)
+    for method, function in place.methods.items():
+        setattr(host, method, partial(function, host))
+        transfers.replaced_methods.append(method)
+
+
+def hook_modules(host: nn.Module, place: Place) -> None:
+    """Registers the hooks of `place`; cluster logits pass the classifiers by."""
+    transfers = transfers_of(host)
+    for name in place.inputs:
+        classifier = host.get_submodule(name)
+        if gives_clusters(transfers[place.name]):
+            classifier.forward = partial(_pass_by, transfers, place.name, classifier)
+        else:
+            before = partial(_transfer_input, transfers, place.name)
+            classifier.register_forward_pre_hook(before)
+    for name in place.outputs:
+        after = partial(_transfer_output, transfers, place.name)
+        host.get_submodule(name).register_forward_hook(after)
+
+
+def unhook_modules(host: nn.Module, place: str | None = None) -> None:
+    """Removes the hooks of one place, or of all, wherever in the host they are."""
+    transfers = transfers_of(host)
+
+    def is_ours(hook: object) -> bool:
+        return (
+            isinstance(hook, partial)
+            and hook.func in (_transfer_input, _transfer_output, _pass_by)
+            and hook.args[0] is transfers
+            and place in (None, hook.args[1])
+        )
+
+    for module in host.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+                del hooks[key]
+        if is_ours(vars(module).get("forward")):
+            del module.forward
+
+
+def remove_all(host: nn.Module) -> None:
+    """Takes everything away that `install` did; raises `AttachError` if nothing is attached."""
+    unhook_modules(host)
+    for method in transfers_of(host).replaced_methods:
+        delattr(host, method)
+    delattr(host, CHILD)
+
+
+def gives_clusters(module: nn.Module) -> bool:
+    """Whether a head's output is no feature of the backbone but k cluster logits."""
+    return getattr(module, "output", None) == "clusters"
+
+
+@contextmanager
+def disabled(host: nn.Module) -> Iterator[None]:
+    """Inside, the host gives its plain features; raises `AttachError` if nothing is attached."""
+    transfers = transfers_of(host)
+    before, transfers.enabled = transfers.enabled, False
+    try:
+        yield
+    finally:
+        transfers.enabled = before
+
+
+def check_host(host: nn.Module) -> None:
+    """Raises `TypeError` or `AttachError` for what no head can be attached to."""
+    if not isinstance(host, nn.Module):
+        raise TypeError(f"model: got {type(host).__name__}, wanted a torch.nn.Module")
+    if isinstance(host, torch.jit.ScriptModule):
+        raise AttachError("model: got a TorchScript module, wanted the model before scripting")
+    if isinstance(host, torch._dynamo.OptimizedModule):
+        raise AttachError("model: got a compiled module, attach first and compile after")
+    for name, module in host.named_modules():
+        if ".quantized" in type(module).__module__:
+            raise AttachError(
+                f"model: module {name!r} is quantised ({type(module).__name__}), "
+                "wanted a model in floating point"
+            )
+
+
+def host_parameter(host: nn.Module) -> Tensor | None:
+    """The host's last floating-point parameter: its device and dtype are followed."""
+    tensors = [
+        value
+        for name, value in host.named_parameters()
+        if value.is_floating_point() and not name.startswith(f"{CHILD}.")
+    ]
+    return tensors[-1] if tensors else None
+
+
+def take_feature(host: nn.Module, place: Place, images: Tensor) -> Tensor:
+    """The plain feature at `place`: `(n, d)` or `(n, d, h, w)`; what is attached is left out."""
+    if is_attached(host):
+        with disabled(host):
+            return _take_feature(host, place, images)
+    return _take_feature(host, place, images)
+
+
+def _take_feature(host: nn.Module, place: Place, images: Tensor) -> Tensor:
+    if place.feature is not None:
+        return place.feature(host, images)
+    taken: list[Tensor] = []
+    handles = [
+        host.get_submodule(name).register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+        for name in place.inputs
+    ] + [
+        host.get_submodule(name).register_forward_hook(lambda _, __, output: taken.append(output))
+        for name in place.outputs
+    ]
+    try:
+        host(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not taken or not isinstance(taken[0], Tensor):
+        names = ", ".join((*place.inputs, *place.outputs))
+        raise AttachError(f"where: no tensor passes {names} when the model runs")
+    return taken[0]
+
+
+def _transfer_input(
+    transfers: Transfers, place: str, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    return (transfers.transfer(place, args[0]), *args[1:])
+
+
+def _pass_by(transfers: Transfers, place: str, classifier: nn.Module, features: Tensor) -> Any:
+    """In place of a classifier's `forward`: cluster logits; its own result while disabled."""
+    if transfers.enabled:
+        return transfers.transfer(place, features)
+    return type(classifier).forward(classifier, features)
+
+
+def _transfer_output(
+    transfers: Transfers, place: str, module: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    return transfers.transfer(place, output)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import click
 
@@ -20,8 +18,3 @@ def told_errors() -> Iterator[None]:
         raise SystemExit(130) from None
     except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def default_cache() -> Path:
-    """`$FEATXFER_CACHE`, or `~/.cache/featxfer`."""
-    return Path(os.environ.get("FEATXFER_CACHE") or Path.home() / ".cache" / "featxfer")

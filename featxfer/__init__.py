@@ -9,6 +9,7 @@ from featxfer.head import FeatureTransferHead
 from featxfer.images import ImageError, Images, open_images
 from featxfer.metrics import average_precision, confidence_interval, gap_recovered
 from featxfer.objectives import LabelCrossEntropy, Objective, PrototypeDistillation
+from featxfer.pairs import PairAgreement, compare_pairs
 from featxfer.pseudo_labels import (
     Clustering,
     LabelDiagnostics,
@@ -54,6 +55,7 @@ __all__ = [
     "LabelDiagnostics",
     "LinearSVMs",
     "Objective",
+    "PairAgreement",
     "Preprocessing",
     "Protocol",
     "PrototypeDistillation",
@@ -65,6 +67,7 @@ __all__ = [
     "average_precision",
     "average_precisions",
     "centroid_scores",
+    "compare_pairs",
     "confidence_interval",
     "diagnose",
     "extract_features",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -145,6 +146,11 @@ def shared_degradation(hr: Manifest, lr: Manifest) -> Degradation:
             f"hr, lr: got stores that differ in {', '.join(other)}, wanted one setting"
         )
     return degradation
+
+
+def default_cache() -> Path:
+    """Where kept work goes unless told: `$FEATXFER_CACHE`, or `~/.cache/featxfer`."""
+    return Path(os.environ.get("FEATXFER_CACHE") or Path.home() / ".cache" / "featxfer")
 
 
 def software_versions() -> dict[str, str]:

@@ -316,6 +316,8 @@ def fit_features_head(
     for view in views:
         check_paired(target, view)
     variance = float((target - target.mean(0)).square().sum(1).mean())
+    if variance == 0:
+        raise ValueError(f"hr: got {len(target)} equal rows, wanted features that vary")
     objective = PrototypeDistillation(clustering.centroids, variance)
     inputs = torch.cat([*views, target])
     head.set_input_statistics(inputs)

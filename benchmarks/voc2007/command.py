@@ -11,12 +11,12 @@ from typing import Any
 import click
 
 from benchmarks.memo import hash_key
-from benchmarks.shell import default_cache
 from benchmarks.voc2007 import fetch, figures, report, tables
 from benchmarks.voc2007.options import Network, Options
 from benchmarks.voc2007.run import open_study, run
 from featxfer import Degradation, Recipe
 from featxfer._files import write_atomic
+from featxfer.features import default_cache
 
 DEMO_BACKBONE = "tf_efficientnet_lite0"
 

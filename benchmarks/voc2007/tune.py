@@ -21,7 +21,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from benchmarks.memo import Memo, hash_key
-from benchmarks.shell import default_cache, told_errors
+from benchmarks.shell import told_errors
 from benchmarks.versions import versions
 from benchmarks.voc2007.command import DEMO_BACKBONE
 from benchmarks.voc2007.methods import Sizes, Transfer
@@ -37,6 +37,7 @@ from featxfer import (
     train_svms,
 )
 from featxfer._files import write_atomic
+from featxfer.features import default_cache
 from featxfer.voc import Labels
 from featxfer_integrations import load_backbone
 

@@ -7,14 +7,19 @@ from featxfer_integrations.attach import (
     train_transfer_only,
     transfer_disabled,
 )
-from featxfer_integrations.backbones import BackboneError, load_backbone
+from featxfer_integrations.backbones import BackboneError, load_backbone, load_model
+from featxfer_integrations.fit import HeldOutPairs, TransferFit, fit_transfer
 
 __all__ = [
     "AttachError",
     "BackboneError",
+    "HeldOutPairs",
+    "TransferFit",
     "attach_transfer",
     "detach_transfer",
+    "fit_transfer",
     "load_backbone",
+    "load_model",
     "train_transfer_only",
     "transfer_disabled",
 ]

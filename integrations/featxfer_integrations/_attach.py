@@ -32,7 +32,7 @@ class Transfers(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__()
         self.enabled = True
-        self.replaced_methods: list[str] = []
+        self.places: dict[str, Place] = {}
 
     def forward(self, value: Any) -> Any:
         """The value itself."""
@@ -94,11 +94,11 @@ def install(host: nn.Module, place: Place, module: TransferModule) -> None:
         host.add_module(CHILD, Transfers())
     transfers = transfers_of(host)
     transfers[place.name] = module
+    transfers.places[place.name] = place
     module.train(host.training)
     hook_modules(host, place)
     for method, function in place.methods.items():
         setattr(host, method, partial(function, host))
-        transfers.replaced_methods.append(method)
 
 
 def hook_modules(host: nn.Module, place: Place) -> None:
@@ -139,8 +139,9 @@ def unhook_modules(host: nn.Module, place: str | None = None) -> None:
 def remove_all(host: nn.Module) -> None:
     """Takes everything away that `install` did; raises `AttachError` if nothing is attached."""
     unhook_modules(host)
-    for method in transfers_of(host).replaced_methods:
-        delattr(host, method)
+    for place in transfers_of(host).places.values():
+        for method in place.methods:
+            delattr(host, method)
     delattr(host, CHILD)
 
 

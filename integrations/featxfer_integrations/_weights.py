@@ -30,7 +30,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_by_name(model: nn.Module, state: Mapping[str, Tensor], classifier: str) -> None:
-    """Loads all but the classifier (module name prefix), which may be of another size or absent."""
+    """Loads all but the module `classifier`, if named, which may be of another size or absent."""
     prefix = f"{classifier}."
     body = {name: value for name, value in state.items() if not name.startswith(prefix)}
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(prefix)}

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import nn
+
 from featxfer import Backbone
 from featxfer_integrations._weights import BackboneError
 
@@ -18,6 +20,8 @@ class _Host(Protocol):
     def has_model(self, name: str) -> bool: ...
 
     def load(self, name: str, weights: str | Path) -> Backbone: ...
+
+    def load_model(self, name: str, weights: str | Path) -> nn.Module: ...
 
 
 _HOSTS = ("torchvision", "timm")
@@ -42,6 +46,15 @@ def load_backbone(name: str, weights: str | Path = "pretrained") -> Backbone:
     return host.load(model, weights)
 
 
+def load_model(name: str, weights: str | Path = "pretrained") -> nn.Module:
+    """The same model with its classifier in place, in eval mode; arguments as `load_backbone`.
+
+    A file of weights has to hold the classifier's, too.
+    """
+    host, model = _find(name)
+    return host.load_model(model, weights)
+
+
 def _find(name: str) -> tuple[_Host, str]:
     wanted, _, model = name.rpartition("/")
     asked = [host for host in _HOSTS if wanted in ("", host)]
@@ -64,4 +77,4 @@ def _import_host(host: str) -> _Host:
     return found
 
 
-__all__ = ["BackboneError", "load_backbone"]
+__all__ = ["BackboneError", "load_backbone", "load_model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,15 @@ def has_model(name: str) -> bool:
 
 def load(name: str, weights: str | Path) -> Backbone:
     """The model with its classifier reset: it returns the pooled, pre-logits feature."""
-    model: Any = _create(name, pretrained=weights == "pretrained")
-    if weights == "demo":
-        load_demo(model, name)
-    elif weights not in ("pretrained", "random"):
-        load_by_name(model, read_state_dict(Path(weights)), _classifier(model, name))
+    model: Any = _load(name, weights, with_classifier=False)
     model.reset_classifier(0)
     host = f"timm {timm.__version__}"
     return Backbone(model.eval(), preprocessing(model), f"timm/{name}", str(weights), host)
+
+
+def load_model(name: str, weights: str | Path) -> nn.Module:
+    """The model with its classifier, in eval mode."""
+    return _load(name, weights, with_classifier=True).eval()
 
 
 def model_name(model: Any) -> str:
@@ -111,13 +113,25 @@ def stage_place(model: Any, stage: int) -> Place:
 
 def _classifiers(model: Any) -> dict[str, nn.Module]:
     """The classifiers by name; none of a headless model."""
-    found = model.get_classifier()
-    if isinstance(found, nn.ModuleList | tuple | list):
-        wanted = [module for module in found if isinstance(module, nn.Module)]
-    else:
-        wanted = [found] if isinstance(found, nn.Module) else []
     names = {module: name for name, module in model.named_modules()}
-    return {names[m]: m for m in wanted if m in names and not isinstance(m, nn.Identity)}
+    found = [_without_pooling(model, module) for module in _flat(model.get_classifier())]
+    return {names[m]: m for m in found if m in names and not isinstance(m, nn.Identity)}
+
+
+def _flat(found: Any) -> list[nn.Module]:
+    """The modules of nested tuples and lists."""
+    if isinstance(found, nn.ModuleList | tuple | list):
+        return [module for part in found for module in _flat(part)]
+    return [found] if isinstance(found, nn.Module) else []
+
+
+def _without_pooling(model: Any, found: nn.Module) -> nn.Module:
+    """Of a whole head, which knows `pre_logits`, the layer that the weights call classifier."""
+    if "pre_logits" not in inspect.signature(found.forward).parameters:
+        return found
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    layer: nn.Module = model.get_submodule(name) if isinstance(name, str) else found
+    return layer
 
 
 def _input_width(classifier: nn.Module) -> int | None:
@@ -164,6 +178,16 @@ def _reset_classifier(model: Any, num_classes: int, *args: Any, **kwargs: Any) -
         hook_modules(model, pooled_place(model))
         raise
     hook_modules(model, place)
+
+
+def _load(name: str, weights: str | Path, *, with_classifier: bool) -> nn.Module:
+    model = _create(name, pretrained=weights == "pretrained")
+    if weights == "demo":
+        load_demo(model, name)
+    elif weights not in ("pretrained", "random"):
+        left_out = "" if with_classifier else _classifier(model, name)
+        load_by_name(model, read_state_dict(Path(weights)), left_out)
+    return model
 
 
 def _create(name: str, *, pretrained: bool) -> nn.Module:

@@ -33,10 +33,8 @@ def load(name: str, weights: str | Path) -> Backbone:
     For models with several classifier layers (VGG, AlexNet, MobileNetV3) that is the input of the
     last one; for SqueezeNet, whose classifier is a convolution, the pooled input of it.
     """
-    if weights == "demo":
-        raise BackboneError(f"weights: 'demo' is for timm's EfficientNet-Lite, got {name!r}")
     default = torchvision.models.get_model_weights(name).DEFAULT
-    model = _create(name, default if weights == "pretrained" else None)
+    model = _create(name, weights)
     classifier = find_classifier(model, len(default.meta["categories"]))
     if weights not in ("pretrained", "random"):
         load_by_name(model, read_state_dict(Path(weights)), classifier)
@@ -46,6 +44,14 @@ def load(name: str, weights: str | Path) -> Backbone:
     host = f"torchvision {torchvision.__version__}"
     normalisation = Preprocessing(tuple(transforms.mean), tuple(transforms.std), fixed)
     return Backbone(model.eval(), normalisation, f"torchvision/{name}", str(weights), host)
+
+
+def load_model(name: str, weights: str | Path) -> nn.Module:
+    """The model with its classifier, in eval mode."""
+    model = _create(name, weights)
+    if weights not in ("pretrained", "random"):
+        load_by_name(model, read_state_dict(Path(weights)), "")
+    return model.eval()
 
 
 def model_name(model: nn.Module) -> str:
@@ -143,9 +149,14 @@ def find_classifier(model: nn.Module, classes: int) -> str:
     return str(names[-1])
 
 
-def _create(name: str, weights: object) -> nn.Module:
+def _create(name: str, weights: str | Path) -> nn.Module:
+    """With its default weights if these are "pretrained", else as torchvision initialises it."""
+    if weights == "demo":
+        raise BackboneError(f"weights: 'demo' is for timm's EfficientNet-Lite, got {name!r}")
     try:
-        model: nn.Module = torchvision.models.get_model(name, weights=weights)
+        model: nn.Module = torchvision.models.get_model(
+            name, weights="DEFAULT" if weights == "pretrained" else None
+        )
     except OSError as error:
         raise BackboneError(
             f"weights: those of torchvision's {name} could not be downloaded: {error}; "

@@ -40,7 +40,7 @@ def test_extract_fit_and_show(stores: tuple[Path, Path], tmp_path: Path) -> None
     assert f"Wrote {out}" in output
     card = json.loads(run("show", out))
     assert card["head"]["in_features"] == 96
-    assert card["degradation"]["lr_size"] == 32
+    assert card["degradations"][0]["lr_size"] == 32
     assert card["backbone"] == "timm/test_resnet"
 
 

@@ -1,0 +1,1 @@
+"""Which models of timm and torchvision `attach_transfer` can attach to, without their weights."""

@@ -195,10 +195,10 @@ class FeatureTransferHead(TransferModule):
         check_choice("layer", layer, ("output", "hidden"))
         rows = as_features("features", features, width=self.in_features)
         run = self.forward if layer == "output" else self.hidden
-        weight, training = self.fc1.weight, self.training
+        device, training = self.fc1.weight.device, self.training
         self.eval()
         try:
-            parts = [run(part.to(weight.device, weight.dtype)) for part in rows.split(batch_size)]
+            parts = [run(part.to(device)) for part in rows.split(batch_size)]
         finally:
             self.train(training)
         return torch.cat([part.to("cpu", torch.float32) for part in parts])

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
 from featxfer._checks import ArrayLike, as_features
 from featxfer.metrics import average_precision
 
 Matrix = npt.NDArray[np.float64]
+_NORM_FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,63 @@ class LinearSVMs:
         """Decision values `(n, classes)` of features `(n, d)`; `ValueError` for another width."""
         rows = as_features("features", features, width=self.coef.shape[1])
         return _scale(rows, self.protocol) @ self.coef.T + self.intercept
+
+    def as_module(self, dtype: torch.dtype = torch.float32) -> SVMClassifier:
+        """A module with a copy of these weights, on the CPU; features in, decisions out.
+
+        After a backbone with its head, `nn.Sequential(backbone, svms.as_module())`, it makes one
+        module of the whole system.
+
+        Args:
+            dtype: of its weights. With float64 its decisions are those of `decisions` but for
+                rounding; a float32 module is some 1e-7 off, which `.double()` does not undo.
+        """
+        classes, features = self.coef.shape
+        module = SVMClassifier(features, classes, normalize=self.protocol.normalize, dtype=dtype)
+        weights = {"linear.weight": self.coef, "linear.bias": self.intercept}
+        module.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
+        return module
+
+
+class SVMClassifier(nn.Module):
+    """Linear SVMs as a layer: `linear(x / (|x| + 1e-5))`, or `linear(x)`; zero until loaded.
+
+    Shapes: `(..., in_features) -> (..., classes)`. The rows are taken in the dtype of the weights,
+    and so are the decisions. NaN and infinity are not refused. Another width is a `RuntimeError`
+    of `linear`.
+
+    Args:
+        in_features: width d of the features.
+        classes: number of SVMs.
+        normalize: whether rows are divided by their L2 norm, as `Protocol.normalize` says.
+        dtype: of the weights; by default torch's default.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        classes: int,
+        *,
+        normalize: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.linear = nn.utils.skip_init(nn.Linear, in_features, classes, dtype=dtype)
+        for parameter in self.linear.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Decision values of features, see the class."""
+        rows = features.to(self.linear.weight.dtype)
+        if self.normalize:
+            rows = rows / (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) + _NORM_FLOOR)
+        decisions: Tensor = self.linear(rows)
+        return decisions
+
+    def extra_repr(self) -> str:
+        """What `repr` says beside the layer."""
+        return f"normalize={self.normalize}"
 
 
 def train_svms(
@@ -177,7 +236,7 @@ def average_precisions(
 def _scale(rows: torch.Tensor, protocol: Protocol) -> Matrix:
     values: Matrix = rows.numpy().astype(np.float64)
     if protocol.normalize:
-        values /= np.linalg.norm(values, axis=1, keepdims=True) + 1e-5
+        values /= np.linalg.norm(values, axis=1, keepdims=True) + _NORM_FLOOR
     return values
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
+from torch import nn
 
-from featxfer import PROTOCOLS, average_precisions, train_svms
-from featxfer.svm import Protocol
+from featxfer import PROTOCOLS, Backbone, FeatureTransferHead, average_precisions, train_svms
+from featxfer.svm import Protocol, SVMClassifier
 
 RNG = np.random.default_rng(0)
 ROWS = torch.from_numpy(RNG.normal(size=(90, 6)).astype(np.float32))
@@ -147,3 +148,64 @@ def test_decisions_of_another_width() -> None:
         svms.decisions(ROWS[:, :5])
     with pytest.raises(ValueError, match=r"decisions: got shape \(2, 3\)"):
         average_precisions(np.zeros((2, 3)), LABELS)
+
+
+@pytest.mark.parametrize("name", list(PROTOCOLS))
+def test_a_module_decides_as_the_svms(name: str) -> None:
+    svms = train_svms(ROWS, LABELS, PROTOCOLS[name])
+    rows = torch.cat([ROWS * 1e-5, ROWS, ROWS * 1e3, torch.zeros(1, 6)])
+    wanted = svms.decisions(rows)
+    exact = svms.as_module(torch.float64)(rows)
+    assert exact.dtype == torch.float64
+    np.testing.assert_allclose(exact.detach(), wanted, rtol=1e-12, atol=1e-9)
+    usual = svms.as_module()(rows)
+    assert usual.dtype == torch.float32
+    np.testing.assert_allclose(usual.detach(), wanted, rtol=1e-4, atol=1e-6)
+    assert svms.as_module().linear.weight.shape == (3, 6)
+
+
+def test_a_module_shares_no_memory_with_the_svms() -> None:
+    svms = train_svms(ROWS, LABELS, PROTOCOLS["plain"])
+    before, module = svms.decisions(ROWS), svms.as_module(torch.float64)
+    nn.init.zeros_(module.linear.weight)
+    np.testing.assert_array_equal(svms.decisions(ROWS), before)
+
+
+def test_a_new_module_is_zero_and_uses_no_randomness() -> None:
+    state = torch.get_rng_state()
+    module = SVMClassifier(6, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not module(ROWS).any()
+    assert "normalize=True" in repr(module)
+    with pytest.raises(RuntimeError, match="90x5 and 6x3"):
+        module(ROWS[:, :5])
+
+
+def moved_head(features: torch.Tensor) -> FeatureTransferHead:
+    """A head that is no longer the identity, in eval mode."""
+    head = FeatureTransferHead(features.shape[1], 4, 16)
+    head.set_input_statistics(features)
+    nn.init.normal_(head.fc2.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return head.eval()
+
+
+@pytest.mark.parametrize("name", ["vissl", "plain"])
+def test_backbone_head_and_svms_as_one_module(backbone: Backbone, name: str) -> None:
+    """From pixels to decisions, as called and as exported."""
+    extractor = backbone.module.eval()
+    images = torch.randn(90, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        features = extractor(images)
+    head = moved_head(features)
+    svms = train_svms(head.transfer(features), LABELS, PROTOCOLS[name])
+    wanted = svms.decisions(head.transfer(features))
+    assert not np.allclose(svms.decisions(features), wanted, rtol=1e-3)
+    system = nn.Sequential(extractor, head, svms.as_module()).eval()
+    batch = {"input": {0: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(system, (images[:2],), dynamic_shapes=batch).module()
+    for module in (system, exported):
+        with torch.no_grad():
+            decisions = module(images).numpy()
+        np.testing.assert_allclose(decisions, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(decisions.argmax(1), wanted.argmax(1))
+        np.testing.assert_array_equal(decisions > 0, wanted > 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from featxfer import FeatureTransferHead
@@ -138,3 +139,85 @@ def test_bad_rows_leave_the_head_unchanged(head: FeatureTransferHead) -> None:
     with pytest.raises(ValueError, match="layer: got 'fc1', wanted one of 'output', 'hidden'"):
         head.transfer(ROWS, layer="fc1")
     assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+def residual(**options: Any) -> FeatureTransferHead:
+    return FeatureTransferHead(12, 5, 32, **options)
+
+
+def randomised(head: FeatureTransferHead) -> FeatureTransferHead:
+    nn.init.normal_(head.fc2.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return head.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 12), (12,), (2, 7, 12), (3, 12, 4, 5), (3, 4, 5, 12)])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_untrained_features_head_is_the_identity_to_the_last_bit(
+    dtype: torch.dtype, shape: tuple[int, ...], training: bool
+) -> None:
+    head = residual().to(dtype).train(training)
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    features.view(-1)[:3] = torch.tensor([0.0, -0.0, 1e-7])
+    output = head(features)
+    as_bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert output.dtype == dtype
+    assert torch.equal(output.detach().view(as_bits), features.view(as_bits))
+
+
+def test_a_trained_features_head_subtracts_its_second_layer() -> None:
+    head = randomised(residual())
+    head.set_input_statistics(ROWS * 3 + 1)
+    wanted = ROWS - F.linear(
+        F.relu(F.linear((ROWS - head.input_mean) / head.input_std, head.fc1.weight)),
+        head.fc2.weight,
+    )
+    assert torch.allclose(head(ROWS), wanted, atol=1e-6)
+    assert not torch.equal(head(ROWS), ROWS)
+
+
+@pytest.mark.parametrize("output", ["features", "clusters"])
+def test_a_map_is_transferred_position_by_position(output: str) -> None:
+    head = randomised(residual(output=output))
+    maps = torch.randn(3, 12, 4, 5)
+    wanted = torch.stack(
+        [torch.stack([head(maps[:, :, y, x]) for x in range(5)], -1) for y in range(4)], -2
+    )
+    assert head(maps).shape == (3, head.out_features, 4, 5)
+    assert torch.allclose(head(maps), wanted, atol=1e-6)
+
+
+def test_layers_run_in_the_dtype_of_their_weights() -> None:
+    head = randomised(residual())
+    half = copy.deepcopy(head).to(torch.bfloat16)
+    assert half(ROWS).dtype == torch.float32
+    assert torch.allclose(half(ROWS), head(ROWS), atol=0.2)
+    assert not torch.equal(half(ROWS), head(ROWS))
+
+
+def test_dropout_is_for_training_only() -> None:
+    head = randomised(residual(dropout=0.9))
+    assert torch.equal(head(ROWS), head(ROWS))
+    head.train()
+    assert not torch.equal(head(ROWS), head(ROWS))
+    assert torch.equal(head.transfer(ROWS), head.eval()(ROWS).detach())
+    assert FeatureTransferHead(12).dropout == 0.5
+    assert FeatureTransferHead(12, output="clusters").dropout == 0.0
+
+
+def test_transfer_restores_the_mode() -> None:
+    head = residual().train()
+    head.transfer(ROWS)
+    assert head.training
+
+
+@pytest.mark.parametrize("shape", [(4, 11), (2, 11, 3, 3), ()])
+def test_another_width_is_told(shape: tuple[int, ...]) -> None:
+    wanted = r"got shape \(.*\), wanted \(\.\.\., 12\) or \(n, 12, h, w\)"
+    with pytest.raises(ValueError, match=wanted):
+        residual()(torch.zeros(shape))
+
+
+def test_a_dropout_of_all_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dropout: got 1, wanted a share in \[0, 1\)"):
+        residual(dropout=1)

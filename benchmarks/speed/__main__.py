@@ -1,0 +1,55 @@
+"""`python -m benchmarks.speed attached`: timings, side by side in one run."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.shell import told_errors
+from benchmarks.speed import attached
+from benchmarks.versions import versions
+from featxfer._files import write_atomic
+
+
+@click.group(context_settings={"show_default": True})
+def main() -> None:
+    """Timings against what a user would do without featxfer: ratios and medians of pairs."""
+
+
+@main.command("attached")
+@click.option("--model", "models", multiple=True, default=attached.MODELS, help="Of timm.")
+@click.option("--batch", "batches", multiple=True, default=(1, 32))
+@click.option("--seconds", default=60.0, help="About how long a row takes.")
+@click.option("--device", default="cpu")
+@click.option("--out", type=Path, default=Path("runs") / "speed" / "attached")
+def time_attached(
+    models: tuple[str, ...], batches: tuple[int, ...], seconds: float, device: str, out: Path
+) -> None:
+    """A model with a head attached against the same model without."""
+    with told_errors():
+        rows = []
+        for row in attached.measure(models, batches, seconds, device):
+            rows.append(row)
+            click.echo(json.dumps(row))
+        results = {"machine": _machine(device), "versions": versions(), "rows": rows}
+        text = json.dumps(results, indent=1, sort_keys=True) + "\n"
+        write_atomic(out / "results.json", text.encode())
+        write_atomic(out / "summary.md", attached.to_markdown(rows).encode())
+        click.echo(f"Wrote {out}/results.json and summary.md")
+
+
+def _machine(device: str) -> dict[str, str | int]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "cpu": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+if __name__ == "__main__":
+    main()

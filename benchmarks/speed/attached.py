@@ -1,0 +1,97 @@
+"""Latency of a model with a head attached against the same model without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from benchmarks.speed.pairs import Way, time_pairs
+from featxfer import FeatureTransferHead
+from featxfer_integrations import attach_transfer, detach_transfer
+from featxfer_integrations._attach import is_attached, transfers_of
+
+MODELS = ("resnet101", "resnet18", "tf_efficientnet_lite0")
+HEADS = (
+    (4096, torch.float32),
+    (1024, torch.float32),
+    (512, torch.float32),
+    (512, torch.bfloat16),
+    (256, torch.float32),
+    (128, torch.float32),
+)
+"""Hidden features and dtype of the weights."""
+
+
+def measure(
+    models: Sequence[str], batches: Sequence[int], seconds: float, device: str
+) -> Iterator[dict[str, Any]]:
+    """A row a model, batch size and head: milliseconds plain and attached, and their ratio.
+
+    Weights are random (they do not change the time), images are of 224 x 224, channels last. Each
+    row takes as many pairs as fit into about `seconds`, at least 7.
+    """
+    for name in models:
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval().to(device, memory_format=torch.channels_last)
+        for batch in batches:
+            images = torch.randn(batch, 3, 224, 224, device=device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            for hidden, dtype in HEADS:
+                yield {
+                    "model": name,
+                    "batch": batch,
+                    "hidden": hidden,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    **_compare(f"{name}, batch {batch}", model, images, hidden, dtype, seconds),
+                }
+
+
+def _compare(
+    name: str, model: nn.Module, images: Tensor, hidden: int, dtype: torch.dtype, seconds: float
+) -> dict[str, Any]:
+    attach_transfer(model, hidden_features=hidden)
+    head = transfers_of(model)["pooled"]
+    assert isinstance(head, FeatureTransferHead)
+    detach_transfer(model)
+    nn.init.normal_(head.fc2.weight, std=0.01)
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    def attach() -> None:
+        if not is_attached(model):
+            attach_transfer(model, head, dtype=dtype)
+
+    def detach() -> None:
+        if is_attached(model):
+            detach_transfer(model)
+
+    plain = Way(detach, run)
+    pairs = max(7, round(seconds / (2 * min(plain.seconds() for _ in range(2)))))
+    try:
+        return time_pairs(name, plain, Way(attach, run), pairs)
+    finally:
+        detach()
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line a row."""
+    lines = [
+        "| model | batch | hidden | weights | plain ms | attached ms | ratio | quartiles | pairs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"| {row['model']} | {row['batch']} | {row['hidden']} | {row['dtype']} "
+            f"| {row['first_ms']:.1f} | {row['second_ms']:.1f} | {row['ratio']:.4f} "
+            f"| {low:.4f} to {high:.4f} | {row['pairs']} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+
+from featxfer import (
+    Degradation,
+    DivergenceError,
+    FeatureTransferHead,
+    ImageError,
+    Preprocessing,
+    Recipe,
+    extract_features,
+    load_head,
+    open_images,
+)
+from featxfer_integrations import (
+    AttachError,
+    attach_transfer,
+    detach_transfer,
+    fit_transfer,
+    load_backbone,
+    transfer_disabled,
+)
+from featxfer_integrations._attach import is_attached, transfers_of
+from featxfer_integrations.attach import find_place
+from featxfer_integrations.fit import host_backbone
+
+LR = Degradation(hr_size=32, lr_size=8)
+QUICK = Recipe(epochs=20, learning_rate=1e-3, optimizer="adamw", schedule="one-cycle")
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty images of coloured blobs: what small sizes blur away is not all there is."""
+    folder = tmp_path_factory.mktemp("drawings")
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)
+        noise = rng.integers(-40, 40, (48, 48, 3))
+        pixels = np.clip(np.asarray(image, dtype=np.int16) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def model(drawings: Path) -> nn.Module:
+    """Random weights; batch norm has seen the drawings, or all features would be much alike."""
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model("test_resnet", num_classes=7)
+    images = open_images(drawings)
+    pixels = torch.stack([LR.hr(images.read(index)) for index in range(len(images))])
+    with torch.no_grad():
+        for _ in range(30):
+            model.train()(Preprocessing()(pixels))
+    return model.eval()
+
+
+def fit(model: nn.Module, images: Any, tmp_path: Path, **options: Any) -> Any:
+    arguments = {"degradation": LR, "recipe": QUICK, "cache": tmp_path / "cache", **options}
+    return fit_transfer(model, images, **arguments)
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    assert not is_attached(model)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_it_leaves_a_trained_head_attached_and_nothing_else_changed(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    before, images = state_of(model), torch.randn(2, 3, 32, 32)
+    plain, model.training = model(images), True
+    fitted = fit(model, drawings, tmp_path)
+    assert model.training
+    model.eval()
+    assert [entry.epoch for entry in fitted.log] == list(range(20))
+    assert fitted.log[-1].loss < fitted.log[0].loss
+    assert (fitted.images, fitted.skipped) == (54, {})
+    assert not torch.equal(model(images), plain)
+    with transfer_disabled(model):
+        assert torch.equal(model(images), plain)
+    assert_untouched(detach_transfer(model), before)
+
+
+def test_lr_features_come_nearer_and_hr_features_stay(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    (pairs,) = fit(model, drawings, tmp_path, held_out=0.25).held_out
+    assert pairs.pairs == 15
+    assert pairs.after.cosine > pairs.before.cosine
+    assert 0 < pairs.cosine_gap_recovered < 1
+    assert pairs.hr_cosine > 0.95
+
+
+def test_the_card_says_what_it_was_made_of(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    fitted = fit(model, drawings, tmp_path, seed=3)
+    head = transfers_of(model)["pooled"]
+    assert isinstance(head, FeatureTransferHead)
+    head.save_pretrained(tmp_path / "head")
+    card = load_head(tmp_path / "head")[1]
+    assert card.backbone == "timm/test_resnet"
+    assert card.degradations == (LR,)
+    assert card.details["images"] == 54
+    assert card.details["seed"] == 3
+    assert card.details["recipe"]["epochs"] == 20
+    assert card.details["diagnostics"][0]["agreement"] == fitted.diagnostics[0].agreement
+    assert card.details["held_out"][0]["after"]["cosine"] == fitted.held_out[0].after.cosine
+
+
+def test_the_head_fits_the_same_weights_with_or_without_a_classifier(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    headless = copy.deepcopy(model)
+    headless.reset_classifier(0)  # type: ignore[operator]
+    other = timm.create_model("test_resnet", num_classes=7)
+    fit(model, drawings, tmp_path)
+    transfers_of(model)["pooled"].save_pretrained(tmp_path / "head")  # type: ignore[operator]
+    attach_transfer(headless, head=tmp_path / "head")
+    images = torch.randn(2, 3, 32, 32)
+    feature = model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    assert torch.equal(headless(images), feature)
+    state = state_of(other)
+    with pytest.raises(ValueError, match="head for backbone timm/test_resnet with weights"):
+        attach_transfer(other, head=tmp_path / "head")
+    assert_untouched(other, state)
+
+
+def test_features_are_those_of_load_backbone(drawings: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    loaded = load_backbone("timm/test_resnet", "random")
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet").eval()
+    place = find_place(model)
+    backbone = host_backbone(model, place)
+    assert backbone.weights_sha256 == loaded.weights_sha256
+    assert backbone.preprocessing == loaded.preprocessing
+    images = open_images(drawings)
+    one, two = (
+        extract_features(b, images, LR, tmp_path / str(i)) for i, b in enumerate((backbone, loaded))
+    )
+    assert torch.equal(one.lr, two.lr)
+
+
+def test_the_cache_serves_a_second_fit_and_one_with_a_head_attached(
+    model: nn.Module, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fit(model, drawings, tmp_path)
+    monkeypatch.setattr("featxfer.features._run", lambda *_: pytest.fail("computed again"))
+    second = fit(model, drawings, tmp_path)
+    assert [entry.loss for entry in second.log] == [entry.loss for entry in first.log]
+
+
+def test_the_seed_decides_all(model: nn.Module, drawings: Path, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    heads = []
+    for seed in (1, 1, 2):
+        fit(model, drawings, tmp_path, seed=seed)
+        heads.append(state_of(transfers_of(model)["pooled"]))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    assert not torch.equal(heads[0]["fc2.weight"], heads[2]["fc2.weight"])
+
+
+def test_one_head_for_several_degradations(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    views = (LR, Degradation(hr_size=32, lr_size=4))
+    fitted = fit(model, drawings, tmp_path, degradation=views)
+    assert len(fitted.diagnostics) == len(fitted.held_out) == 2
+    head = transfers_of(model)["pooled"]
+    assert isinstance(head, FeatureTransferHead)
+    assert head.card is not None
+    assert head.card.degradations == views
+
+
+def test_an_attached_head_is_trained_in_its_sizes(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    attach_transfer(model, hidden_features=9)
+    fit(model, drawings, tmp_path)
+    head = transfers_of(model)["pooled"]
+    assert isinstance(head, FeatureTransferHead)
+    assert head.config["hidden_features"] == 9
+    assert head.fc2.weight.any()
+
+
+def test_a_clusters_head_learns_the_papers_labels(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    attach_transfer(model, output="clusters", hidden_features=32)
+    fitted = fit(model, drawings, tmp_path, recipe=Recipe(epochs=20), clusters=4)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
+    assert fitted.held_out == []
+    assert fitted.log[-1].label_accuracy > fitted.log[0].label_accuracy
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 12, 3, 2), nn.BatchNorm2d(12), nn.ReLU())
+        self.classifier = nn.Linear(12, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.classifier(self.body(images).mean((2, 3)))
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help")
+def test_a_module_of_ones_own_at_a_map(drawings: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = Custom().eval(), torch.randn(2, 3, 32, 32)
+    plain = model(images)
+    with pytest.raises(AttachError, match=r"candidates in Custom: body, body\.0"):
+        fit(model, drawings, tmp_path)
+    fit(model, drawings, tmp_path, where="body")
+    fit(model, drawings, tmp_path)
+    assert list(transfers_of(model)) == ["body"]
+    assert not torch.equal(model(images), plain)
+
+
+def test_half_precision_hosts_are_followed(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    fit(model.to(torch.bfloat16), drawings, tmp_path)
+    assert transfers_of(model)["pooled"].fc1.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert model(torch.randn(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"degradation": []}, ValueError, "degradation: got none"),
+        (
+            {"degradation": [LR, Degradation(hr_size=64, lr_size=8)]},
+            ValueError,
+            r"degradation: got hr_size \[32, 64\], wanted one for all",
+        ),
+        ({"held_out": 1.0}, ValueError, r"held_out: got 1\.0, wanted a share in \[0, 1\)"),
+        ({"clusters": 100}, ValueError, "k: got 100 clusters for 54 features"),
+        ({"clusters": -1}, ValueError, "clusters: got -1, wanted an int >= 1"),
+        ({"precision": "int8"}, ValueError, "precision: got 'int8'"),
+        ({"where": "nowhere"}, AttachError, "no module 'nowhere'"),
+        (
+            {"recipe": Recipe(epochs=3, learning_rate=1e30)},
+            DivergenceError,
+            "loss or weights are not finite",
+        ),
+    ],
+)
+def test_bad_arguments_leave_the_model_untouched(
+    model: nn.Module,
+    drawings: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    state = state_of(model)
+    with pytest.raises(error, match=message):
+        fit(model, drawings, tmp_path, **options)
+    assert_untouched(model, state)
+
+
+def test_images_that_cannot_be_read(model: nn.Module, drawings: Path, tmp_path: Path) -> None:
+    files = [*sorted(drawings.iterdir()), tmp_path / "broken.png"]
+    files[-1].write_bytes(b"no image")
+    state = state_of(model)
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        fit(model, files, tmp_path)
+    assert_untouched(model, state)
+    assert list(fit(model, files, tmp_path, on_error="skip").skipped) == [str(files[-1])]
+
+
+def test_equal_images_have_nothing_to_cluster(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "equal"
+    folder.mkdir()
+    for index in range(4):
+        (folder / f"{index}.png").write_bytes((drawings / "00.png").read_bytes())
+    state = state_of(model)
+    with pytest.raises(ValueError, match="hr: got 4 equal rows, wanted features that vary"):
+        fit(model, folder, tmp_path)
+    assert_untouched(model, state)
+
+
+def test_an_interruption_leaves_the_model_untouched(
+    model: nn.Module, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    state = state_of(model)
+    monkeypatch.setattr("featxfer_integrations.fit.fit_features_head", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, drawings, tmp_path)
+    assert_untouched(model, state)
+
+
+def test_a_block_is_not_trained_here(model: nn.Module, drawings: Path, tmp_path: Path) -> None:
+    attach_transfer(model, at="layer2", hidden_features=16)
+    with pytest.raises(AttachError, match="a block is attached at 'layer2', wanted a head"):
+        fit(model, drawings, tmp_path, where="layer2")
+
+
+def test_a_head_that_does_not_help_is_warned_of(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    same = Degradation(hr_size=32, lr_size=32)
+    idle = Recipe(epochs=1, learning_rate=1e-30)
+    with pytest.warns(UserWarning, match="the head does not help: held-out cosine"):
+        fit(model, drawings, tmp_path, degradation=same, recipe=idle)

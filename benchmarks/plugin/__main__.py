@@ -39,6 +39,7 @@ from featxfer import (
     Features,
     FeatureTransferHead,
     LinearSVMs,
+    Protocol,
     VOCDevkit,
     average_precisions,
     extract_features,
@@ -52,7 +53,6 @@ from featxfer_integrations._attach import Place, transfers_of
 from featxfer_integrations.attach import backbone_sha256, find_place
 from featxfer_integrations.fit import host_backbone
 
-PROTOCOL = PROTOCOLS["vissl"]
 SPLITS = ("trainval", "test")
 
 
@@ -63,6 +63,7 @@ SPLITS = ("trainval", "test")
 @click.option("--lr-size", "sizes", multiple=True, default=(32,), help="May be repeated.")
 @click.option("--seeds", default=5)
 @click.option("--hidden", default=None, type=int, help="The head's hidden width.")
+@click.option("--protocol", default="vissl", type=click.Choice(list(PROTOCOLS)))
 @click.option("--jobs", default=1, help="SVMs at a time.")
 @click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
 @click.option("--out", type=Path, default=Path("runs") / "plugin")
@@ -71,7 +72,7 @@ def main(cache: Path | None, out: Path, **options: Any) -> None:
     with told_errors():
         study = Study.open(cache or default_cache(), **options)
         results = study.run()
-        text = json.dumps(results, indent=1, sort_keys=True) + "\n"
+        text = json.dumps(results, indent=1) + "\n"
         write_atomic(out / "results.json", text.encode())
         summary = to_markdown(results)
         write_atomic(out / "summary.md", summary.encode())
@@ -91,7 +92,7 @@ class Study:
     @classmethod
     def open(cls, cache: Path, root: Path, backbone: str, weights: str, **config: Any) -> Study:
         """Reads the model and the devkit."""
-        config = {**config, "backbone": backbone, "weights": weights, "protocol": PROTOCOL.name}
+        config = {**config, "backbone": backbone, "weights": weights}
         return cls(load_model(backbone, weights), VOCDevkit(root), cache, config)
 
     def run(self) -> dict[str, Any]:
@@ -181,11 +182,17 @@ class Study:
         """Largest difference of logits: the attached model on images, the head on stored rows."""
         attached = attach_transfer(copy.deepcopy(self.model), copy.deepcopy(head))
         images, degradation = self.devkit.images("test"), Degradation(lr_size=size)
-        pixels = torch.stack([degradation.lr(images.read(index)) for index in range(16)])
+        first = range(min(16, len(images)))
+        pixels = torch.stack([degradation.lr(images.read(index)) for index in first])
         backbone = host_backbone(self.model, self.place)
         logits = attached(backbone.preprocessing(pixels))
-        stored = self.features("test", size).lr[:16]
+        stored = self.features("test", size).lr[: len(first)]
         return float((logits - self.classify(head.transfer(stored))).abs().max())
+
+    @property
+    def protocol(self) -> Protocol:
+        """Of the SVMs."""
+        return PROTOCOLS[self.config["protocol"]]
 
     @property
     def place(self) -> Place:
@@ -230,19 +237,23 @@ class Study:
         key = {
             "rows": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
             "labels": hash_key({"labels": labels.tolist()}),
-            "protocol": dataclasses.asdict(PROTOCOL),
+            "protocol": dataclasses.asdict(self.protocol),
         }
         kept = Memo(self.cache / "svms").get(key, lambda: self.train(rows, labels))
         coef, intercept = np.array(kept["coef"]), np.array(kept["intercept"])
         return LinearSVMs(
-            PROTOCOL, coef, intercept, tuple(kept["costs"]), kept["unconverged"], kept["fits"]
+            self.protocol, coef, intercept, tuple(kept["costs"]), kept["unconverged"], kept["fits"]
         )
 
     def train(self, rows: Tensor, labels: Labels) -> dict[str, Any]:
         """The SVMs as JSON types."""
         with tqdm(total=labels.shape[1], desc="SVMs", unit="svm", disable=None, leave=False) as bar:
             svms = train_svms(
-                rows, labels, PROTOCOL, jobs=self.config["jobs"], callback=lambda _: bar.update()
+                rows,
+                labels,
+                self.protocol,
+                jobs=self.config["jobs"],
+                callback=lambda _: bar.update(),
             )
         return {
             "coef": svms.coef.tolist(),

@@ -9,7 +9,7 @@ COLUMNS = {
     "deploy": "deploy mAP %",
     "accuracy": "deploy accuracy %",
     "retrain": "retrain mAP %",
-    "classifier": "ImageNet classifier: same first choice as for HR, %",
+    "classifier": "ImageNet classifier, %",
 }
 
 

@@ -167,7 +167,7 @@ def check_host(host: nn.Module) -> None:
         raise TypeError(f"model: got {type(host).__name__}, wanted a torch.nn.Module")
     if isinstance(host, torch.jit.ScriptModule):
         raise AttachError("model: got a TorchScript module, wanted the model before scripting")
-    if isinstance(host, torch._dynamo.OptimizedModule):
+    if hasattr(host, "_orig_mod"):
         raise AttachError("model: got a compiled module, attach first and compile after")
     for name, module in host.named_modules():
         if ".quantized" in type(module).__module__:

@@ -181,9 +181,7 @@ def find_place(model: nn.Module, *, where: str | None = None, at: str | None = N
     """Where a head (`where`, or after pool5) or a block (`at`) goes; see `attach_transfer`."""
     host = host_of(model)
     stage = (at or "").removeprefix("stage")
-    if at is not None and stage != at and stage.isdecimal():
-        if host is None:
-            raise _no_place(model, f"at: got {at!r}, but the model names no stages")
+    if host is not None and stage != at and stage.isdecimal():
         return host.stage_place(model, int(stage))
     name = where if at is None else at
     if name is not None:

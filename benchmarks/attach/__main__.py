@@ -26,8 +26,7 @@ from benchmarks.shell import told_errors
 from benchmarks.versions import versions
 from featxfer import FeatureTransferHead
 from featxfer._files import write_atomic
-from featxfer_integrations import AttachError, attach_transfer, detach_transfer
-from featxfer_integrations._attach import transfers_of
+from featxfer_integrations import AttachError, attach_transfer, detach_transfer, transfers_of
 from featxfer_integrations.attach import host_of
 
 ATTACHED, NOT_RUN, REFUSED = "attached", "attached, not run", "refused"

@@ -48,10 +48,14 @@ from featxfer import (
 from featxfer._files import write_atomic
 from featxfer.features import default_cache
 from featxfer.voc import Labels
-from featxfer_integrations import attach_transfer, fit_transfer, load_model
-from featxfer_integrations._attach import Place, transfers_of
-from featxfer_integrations.attach import backbone_sha256, find_place
-from featxfer_integrations.fit import host_backbone
+from featxfer_integrations import (
+    attach_transfer,
+    backbone_of,
+    fit_transfer,
+    load_model,
+    transfers_of,
+)
+from featxfer_integrations.attach import find_place
 
 SPLITS = ("trainval", "test")
 
@@ -174,7 +178,7 @@ class Study:
     @torch.no_grad()
     def classify(self, features: Tensor) -> Tensor:
         """Logits of the model's own classifier."""
-        logits: Tensor = self.model.get_submodule(self.place.inputs[0])(features)
+        logits: Tensor = self.model.get_submodule(find_place(self.model).inputs[0])(features)
         return logits
 
     @torch.no_grad()
@@ -184,7 +188,7 @@ class Study:
         images, degradation = self.devkit.images("test"), Degradation(lr_size=size)
         first = range(min(16, len(images)))
         pixels = torch.stack([degradation.lr(images.read(index)) for index in first])
-        backbone = host_backbone(self.model, self.place)
+        backbone = backbone_of(self.model)
         logits = attached(backbone.preprocessing(pixels))
         stored = self.features("test", size).lr[: len(first)]
         return float((logits - self.classify(head.transfer(stored))).abs().max())
@@ -194,15 +198,10 @@ class Study:
         """Of the SVMs."""
         return PROTOCOLS[self.config["protocol"]]
 
-    @property
-    def place(self) -> Place:
-        """After pool5."""
-        return find_place(self.model)
-
     def features(self, split: str, size: int) -> Features:
         """HR and LR features, from the cache as far as it has them."""
         return extract_features(
-            host_backbone(self.model, self.place),
+            backbone_of(self.model),
             self.devkit.images(split),
             Degradation(lr_size=size),
             self.cache / "features",
@@ -216,7 +215,7 @@ class Study:
             "seed": seed,
             "hidden": self.config["hidden"],
             "recipe": FEATURES_RECIPE.to_dict(),
-            "backbone": backbone_sha256(self.model, self.place),
+            "backbone": backbone_of(self.model).weights_sha256,
             "images": images.fingerprint,
             "versions": versions(),
         }
@@ -226,9 +225,7 @@ class Study:
             attach_transfer(model, hidden_features=self.config["hidden"])
             views = [Degradation(lr_size=size) for size in sizes]
             fit_transfer(model, images, degradation=views, seed=seed, cache=self.cache)
-            fitted = transfers_of(model)["pooled"]
-            assert isinstance(fitted, FeatureTransferHead)
-            fitted.save_pretrained(folder)
+            transfers_of(model)["pooled"].save_pretrained(folder)
         return FeatureTransferHead.from_pretrained(folder)
 
     def svms(self, rows: Tensor) -> LinearSVMs:

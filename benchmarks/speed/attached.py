@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.speed.pairs import Way, time_pairs
 from featxfer import FeatureTransferHead
-from featxfer_integrations import attach_transfer, detach_transfer
-from featxfer_integrations._attach import is_attached, transfers_of
+from featxfer_integrations import attach_transfer, detach_transfer, transfers_of
+from featxfer_integrations._attach import is_attached
 
 MODELS = ("resnet101", "resnet18", "tf_efficientnet_lite0")
 HEADS = (

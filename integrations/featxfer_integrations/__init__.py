@@ -1,6 +1,6 @@
 """Hosts that featxfer plugs into: which models there are, their weights, where features are."""
 
-from featxfer_integrations._attach import AttachError
+from featxfer_integrations._attach import AttachError, transfers_of
 from featxfer_integrations.attach import (
     attach_transfer,
     detach_transfer,
@@ -8,7 +8,7 @@ from featxfer_integrations.attach import (
     transfer_disabled,
 )
 from featxfer_integrations.backbones import BackboneError, load_backbone, load_model
-from featxfer_integrations.fit import HeldOutPairs, TransferFit, fit_transfer
+from featxfer_integrations.fit import HeldOutPairs, TransferFit, backbone_of, fit_transfer
 
 __all__ = [
     "AttachError",
@@ -16,10 +16,12 @@ __all__ = [
     "HeldOutPairs",
     "TransferFit",
     "attach_transfer",
+    "backbone_of",
     "detach_transfer",
     "fit_transfer",
     "load_backbone",
     "load_model",
     "train_transfer_only",
     "transfer_disabled",
+    "transfers_of",
 ]

@@ -34,6 +34,12 @@ class Transfers(nn.ModuleDict):
         self.enabled = True
         self.places: dict[str, Place] = {}
 
+    def __getitem__(self, key: str) -> TransferModule:
+        """What is attached at a place."""
+        module = super().__getitem__(key)
+        assert isinstance(module, TransferModule)
+        return module
+
     def forward(self, value: Any) -> Any:
         """The value itself."""
         return value
@@ -76,7 +82,10 @@ class Place:
 
 
 def transfers_of(host: nn.Module) -> Transfers:
-    """What is attached to `host`; raises `AttachError` if nothing is."""
+    """What is attached to `host`, by place: "pooled", or the stage's or module's name without dots.
+
+    The same is `host.feature_transfer`. Raises `AttachError` if nothing is attached.
+    """
     found = host._modules.get(CHILD)
     if not isinstance(found, Transfers):
         raise AttachError(f"model: nothing is attached to this {type(host).__name__}")

@@ -115,8 +115,9 @@ def fit_transfer(
     Features of the HR view and of each LR view are taken once and kept in the cache, HR features
     are clustered, and a head is trained towards the HR features of the same images, for HR inputs
     as well as LR ones, so that HR images come out as they went in. The model's own weights are
-    never changed; the model is as it was until all is done, whatever happens before. What is
-    attached at the place is trained anew, in its sizes; where nothing is, a new head is attached.
+    never changed; the model is as it was until all is done, whatever happens before. The head that
+    is attached at the place is trained anew, in its sizes, and stays the same object; where nothing
+    is, a new head is attached.
     A head with output "clusters" is trained on the paper's pseudo-labels instead.
 
     Args:
@@ -125,7 +126,8 @@ def fit_transfer(
             `featxfer.open_images`; 100 images at the least make sense, labels are not looked at.
         degradation: how LR views are made; several are served by one head.
         where: as in `attach_transfer`, for models that do not say where their feature is.
-        clusters: k; by default 100, or a tenth of the images where these are fewer than 1,000.
+        clusters: k; by default 100, or a tenth of the images where these are fewer than 1,000; of an
+            attached head with output "clusters" always its own.
         recipe: by default `FEATURES_RECIPE`, or the paper's `Recipe()` for output "clusters".
         held_out: share of the images, in [0, 1), that is left out of training for the report.
         preprocessing: by default what the model says (timm) or ImageNet's mean and std.
@@ -195,6 +197,18 @@ def fit_transfer(
     _put(model, place, head)
     _warn_if_useless(fitted)
     return fitted
+
+
+def backbone_of(
+    model: nn.Module, *, where: str | None = None, preprocessing: Preprocessing | None = None
+) -> Backbone:
+    """The model up to the place of its head, without the head, as a frozen feature extractor.
+
+    For plain features of a model with its classifier (`extract_features`), its preprocessing, and
+    the name and hash that a `Card` wants. Arguments and errors as those of `fit_transfer`.
+    """
+    check_host(model)
+    return host_backbone(model, _place(model, where), preprocessing)
 
 
 def host_backbone(
@@ -290,10 +304,12 @@ def _new_head(
     """An untrained head in the sizes of the one that is attached, if one is."""
     config: dict[str, Any] = {}
     if is_attached(model) and place.name in transfers_of(model):
-        attached = transfers_of(model)[place.name]
-        assert isinstance(attached, FeatureTransferHead)
-        config = attached.config
+        config = transfers_of(model)[place.name].config
     k = clusters or min(100, max(1, images // 10))
+    if config.get("output") == "clusters":
+        k = config["clusters"]
+        if clusters not in (None, k):
+            raise ValueError(f"clusters: got {clusters}, the attached head gives {k} logits")
     return FeatureTransferHead(**{**config, "in_features": width, "clusters": k}, seed=seed)
 
 
@@ -350,16 +366,16 @@ def _reports(
 
 
 def _put(model: nn.Module, place: Place, head: FeatureTransferHead) -> None:
-    """Attaches the trained head, or puts it in the stead of the attached one."""
+    """Attaches the trained head, or gives what it learned to the one that is attached."""
     like = host_parameter(model)
-    if like is not None:
-        head.to(like.device, like.dtype)
     if is_attached(model) and place.name in transfers_of(model):
-        transfers = transfers_of(model)
-        head.train(transfers[place.name].training)
-        transfers[place.name] = head
+        attached = transfers_of(model)[place.name]
+        assert isinstance(attached, FeatureTransferHead)
+        attached.centroids = torch.empty_like(head.centroids).to(attached.centroids)
+        attached.load_state_dict(head.state_dict())
+        attached.card = head.card
     else:
-        install(model, place, head)
+        install(model, place, head if like is None else head.to(like.device, like.dtype))
 
 
 def _warn_if_useless(fitted: TransferFit) -> None:

@@ -14,8 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 from featxfer import FeatureTransferHead
-from featxfer_integrations import attach_transfer, train_transfer_only
-from featxfer_integrations._attach import transfers_of
+from featxfer_integrations import attach_transfer, train_transfer_only, transfers_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 HR = torch.randn(16, 3, 16, 16, generator=GENERATOR)

@@ -25,14 +25,14 @@ from featxfer import (
 from featxfer_integrations import (
     AttachError,
     attach_transfer,
+    backbone_of,
     detach_transfer,
     fit_transfer,
     load_backbone,
     transfer_disabled,
+    transfers_of,
 )
-from featxfer_integrations._attach import is_attached, transfers_of
-from featxfer_integrations.attach import find_place
-from featxfer_integrations.fit import host_backbone
+from featxfer_integrations._attach import is_attached
 
 LR = Degradation(hr_size=32, lr_size=8)
 QUICK = Recipe(epochs=20, learning_rate=1e-3, optimizer="adamw", schedule="one-cycle")
@@ -131,7 +131,7 @@ def test_the_head_fits_the_same_weights_with_or_without_a_classifier(
     headless.reset_classifier(0)  # type: ignore[operator]
     other = timm.create_model("test_resnet", num_classes=7)
     fit(model, drawings, tmp_path)
-    transfers_of(model)["pooled"].save_pretrained(tmp_path / "head")  # type: ignore[operator]
+    transfers_of(model)["pooled"].save_pretrained(tmp_path / "head")
     attach_transfer(headless, head=tmp_path / "head")
     images = torch.randn(2, 3, 32, 32)
     feature = model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
@@ -147,8 +147,7 @@ def test_features_are_those_of_load_backbone(drawings: Path, tmp_path: Path) -> 
     loaded = load_backbone("timm/test_resnet", "random")
     torch.manual_seed(0)
     model = timm.create_model("test_resnet").eval()
-    place = find_place(model)
-    backbone = host_backbone(model, place)
+    backbone = backbone_of(model)
     assert backbone.weights_sha256 == loaded.weights_sha256
     assert backbone.preprocessing == loaded.preprocessing
     images = open_images(drawings)
@@ -193,19 +192,25 @@ def test_one_head_for_several_degradations(
 def test_an_attached_head_is_trained_in_its_sizes(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:
-    attach_transfer(model, hidden_features=9)
+    head = FeatureTransferHead(96, hidden_features=9)
+    attach_transfer(model, head)
+    parameters = list(head.parameters())
     fit(model, drawings, tmp_path)
-    head = transfers_of(model)["pooled"]
-    assert isinstance(head, FeatureTransferHead)
+    assert transfers_of(model)["pooled"] is head
     assert head.config["hidden_features"] == 9
+    assert [id(p) for p in head.parameters()] == [id(p) for p in parameters]
     assert head.fc2.weight.any()
+    assert head.centroids.shape == (5, 96)
+    assert head.card is not None
 
 
 def test_a_clusters_head_learns_the_papers_labels(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:
-    attach_transfer(model, output="clusters", hidden_features=32)
-    fitted = fit(model, drawings, tmp_path, recipe=Recipe(epochs=20), clusters=4)
+    attach_transfer(model, FeatureTransferHead(96, 4, 32, output="clusters"))
+    with pytest.raises(ValueError, match="clusters: got 5, the attached head gives 4 logits"):
+        fit(model, drawings, tmp_path, clusters=5)
+    fitted = fit(model, drawings, tmp_path, recipe=Recipe(epochs=20))
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
     assert fitted.held_out == []
     assert fitted.log[-1].label_accuracy > fitted.log[0].label_accuracy
@@ -239,7 +244,7 @@ def test_half_precision_hosts_are_followed(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:
     fit(model.to(torch.bfloat16), drawings, tmp_path)
-    assert transfers_of(model)["pooled"].fc1.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert {p.dtype for p in transfers_of(model).parameters()} == {torch.bfloat16}
     assert model(torch.randn(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
 
 

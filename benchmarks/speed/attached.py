@@ -17,10 +17,8 @@ from featxfer_integrations._attach import is_attached
 MODELS = ("resnet101", "resnet18", "tf_efficientnet_lite0")
 HEADS = (
     (4096, torch.float32),
-    (1024, torch.float32),
     (512, torch.float32),
     (512, torch.bfloat16),
-    (256, torch.float32),
     (128, torch.float32),
 )
 """Hidden features and dtype of the weights."""

@@ -38,8 +38,12 @@ def make(name: str) -> tuple[Any, tuple[int, ...]]:
         return randomise(FeatureTransferHead(12, hidden_features=16)), (12,)
     if name == "head on maps":
         return randomise(FeatureTransferHead(12, hidden_features=16)), (12, 5, 5)
+    if name == "head on tokens":
+        return randomise(FeatureTransferHead(12, hidden_features=16)), (7, 12)
     if name == "block":
         return randomise(FeatureTransferBlock(12, 16)), (12, 5, 5)
+    if name == "block, nhwc":
+        return randomise(FeatureTransferBlock(12, 16, layout="nhwc")), (5, 6, 12)
     if name == "tiny":
         model: Any = attach_transfer(Tiny(), at="stem", hidden_features=16)
         attach_transfer(model, where="pool", hidden_features=16)
@@ -78,7 +82,7 @@ def assert_same(model: nn.Module, other: Any, shape: tuple[int, ...]) -> None:
 
 
 MODELS = (
-    *("head on vectors", "head on maps", "block"),
+    *("head on vectors", "head on maps", "head on tokens", "block", "block, nhwc"),
     *("tiny", "timm", "timm vit", "timm, clusters", "timm, headless", "torchvision"),
 )
 
@@ -91,7 +95,7 @@ def test_compile(name: str) -> None:
     assert_same(model, compiled, shape)
 
 
-@pytest.mark.parametrize("name", ["tiny", "timm"])
+@pytest.mark.parametrize("name", ["tiny", "timm", "timm, clusters"])
 def test_compiled_models_can_be_switched_off(name: str) -> None:
     model, shape = make(name)
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
@@ -102,7 +106,7 @@ def test_compiled_models_can_be_switched_off(name: str) -> None:
             plain = model(images)
             torch.testing.assert_close(compiled(images), plain)
         torch.testing.assert_close(compiled(images), transferred)
-    assert not torch.equal(plain, transferred)
+    assert plain.shape != transferred.shape or not torch.allclose(plain, transferred, atol=1e-3)
 
 
 def test_compiled_training_gives_the_gradients_of_eager() -> None:

@@ -1,0 +1,412 @@
+"""What attach_transfer promises, on a model of nearly every family that timm and torchvision have.
+
+A model is made once, with random weights, and checked from attaching to detaching.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision.models
+from torch import Tensor, nn
+
+from featxfer import FeatureTransferHead
+from featxfer_integrations import (
+    AttachError,
+    attach_transfer,
+    detach_transfer,
+    train_transfer_only,
+    transfer_disabled,
+)
+
+# Family (a file of timm/models): its smallest model, the side of its images, and what makes it
+# smaller still. Convolutional models take small images; others have theirs, or `img_size`.
+TIMM: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "beit": ("beit_base_patch16_224", 64, {"img_size": 64, "depth": 1}),
+    "byobnet": ("test_byobnet", 64, {}),
+    "cait": ("cait_xxs24_224", 64, {"img_size": 64, "depth": 2}),
+    "coat": ("coat_tiny", 64, {"img_size": 64}),
+    "convit": ("convit_tiny", 64, {"img_size": 64}),
+    "convmixer": ("convmixer_768_32", 64, {}),
+    "convnext": ("test_convnext", 64, {}),
+    "cpubone": ("cpubone_nano", 64, {}),
+    "csatv2": ("csatv2", 64, {}),
+    "cspnet": ("cs3darknet_focus_s", 64, {}),
+    "cspnext": ("cspnext_tiny", 64, {}),
+    "davit": ("davit_tiny", 64, {}),
+    "deepseek_vit": ("deepseek_vit_412m", 56, {"img_size": 56, "depth": 1}),
+    "deit": ("deit_tiny_distilled_patch16_224", 64, {"img_size": 64}),
+    "densenet": ("densenet121", 64, {}),
+    "dla": ("dla46x_c", 64, {}),
+    "dpn": ("dpn48b", 64, {}),
+    "edgenext": ("edgenext_xx_small", 64, {}),
+    "efficientformer": ("efficientformer_l1", 224, {}),
+    "efficientformer_v2": ("efficientformerv2_s0", 64, {"img_size": 64}),
+    "efficientnet": ("test_efficientnet", 64, {}),
+    "efficientvit_mit": ("efficientvit_b0", 64, {}),
+    "efficientvit_msra": ("efficientvit_m0", 64, {"img_size": 64}),
+    "eva": ("vit_tiny_patch16_dinov3_qkvb", 64, {"img_size": 64}),
+    "fasternet": ("fasternet_t0", 64, {}),
+    "fastvit": ("fastvit_t8", 64, {}),
+    "focalnet": ("focalnet_tiny_srf", 64, {}),
+    "gcvit": ("gcvit_xxtiny", 64, {"img_size": 64}),
+    "gemma4_vit": ("gemma4_vit_167m", 96, {"depth": 1}),
+    "ghostnet": ("ghostnet_050", 64, {}),
+    "hgnet": ("hgnetv2_b0", 64, {}),
+    "hiera": ("hiera_tiny_224", 64, {"img_size": 64}),
+    "hieradet_sam2": ("sam2_hiera_tiny", 128, {"stages": (1, 1, 1, 1), "global_att_blocks": ()}),
+    "hrnet": ("hrnet_w18_small", 64, {}),
+    "iformer": ("iformer_t", 64, {}),
+    "inception_next": ("inception_next_atto", 64, {}),
+    "inception_resnet_v2": ("inception_resnet_v2", 96, {}),
+    "inception_v3": ("inception_v3", 96, {}),
+    "inception_v4": ("inception_v4", 96, {}),
+    "lcnetv2": ("lcnetv2_small", 64, {}),
+    "levit": ("levit_128s", 64, {"img_size": 64}),
+    "lowformer": ("lowformer_b0", 64, {}),
+    "mambaout": ("test_mambaout", 64, {}),
+    "maxxvit": ("test_coatnet", 64, {"img_size": 64}),
+    "metaformer": ("poolformerv2_s12", 64, {}),
+    "mlp_mixer": ("gmlp_ti16_224", 64, {"img_size": 64}),
+    "mobilenetv3": ("mobilenetv3_small_050", 64, {}),
+    "mobilenetv5": ("mobilenetv5_base", 64, {}),
+    "mvitv2": ("mvitv2_tiny", 64, {"img_size": 64}),
+    "naflexvit": ("naflexvit_base_patch16_parfac_gap", 64, {"depth": 1}),
+    "nasnet": ("nasnetalarge", 96, {"num_features": 480}),
+    "nest": ("nest_tiny", 64, {"img_size": 64}),
+    "nextvit": ("nextvit_small", 64, {}),
+    "nfnet": ("test_nfnet", 64, {}),
+    "pit": ("pit_ti_distilled_224", 64, {"img_size": 64}),
+    "pnasnet": ("pnasnet5large", 96, {}),
+    "pvt_v2": ("pvt_v2_b0", 64, {}),
+    "qwen3_vit": ("qwen3_vit_88m", 64, {"depth": 1}),
+    "rdnet": ("rdnet_tiny", 64, {}),
+    "regnet": ("regnetx_002", 64, {}),
+    "repghost": ("repghostnet_050", 64, {}),
+    "repvit": ("repvit_m1", 64, {}),
+    "resnet": ("test_resnet", 64, {}),
+    "resnetv2": ("resnetv2_18", 64, {}),
+    "rexnet": ("rexnet_100", 64, {}),
+    "selecsls": ("selecsls42", 64, {}),
+    "senet": ("legacy_seresnet18", 64, {}),
+    "sequencer": ("sequencer2d_s", 64, {"img_size": 64}),
+    "shvit": ("shvit_s1", 128, {}),
+    "starnet": ("starnet_s050", 64, {}),
+    "swiftformer": ("swiftformer_xs", 64, {}),
+    "swin_transformer": ("swin_tiny_patch4_window7_224", 56, {"img_size": 56}),
+    "swin_transformer_v2": ("swinv2_tiny_window8_256", 64, {"img_size": 64}),
+    "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", 64, {"img_size": 64}),
+    "tiny_vit": ("tiny_vit_5m_224", 64, {}),
+    "tnt": ("tnt_s_patch16_224", 64, {"img_size": 64}),
+    "tresnet": ("tresnet_m", 64, {}),
+    "twins": ("twins_svt_small", 64, {"img_size": 64}),
+    "vgg": ("vgg11", 64, {"mlp_ratio": 1 / 16}),
+    "visformer": ("visformer_tiny", 64, {"img_size": 64}),
+    "vision_transformer": ("test_vit", 64, {"img_size": 64}),
+    "vision_transformer_relpos": ("test_vit_relpos", 64, {"img_size": 64}),
+    "vision_transformer_sam": ("samvit_base_patch16_224", 64, {"img_size": 64, "depth": 1}),
+    "volo": ("volo_d1_224", 64, {"img_size": 64}),
+    "vovnet": ("ese_vovnet19b_slim_dw", 64, {}),
+    "xception": ("legacy_xception", 96, {}),
+    "xception_aligned": ("xception41p", 96, {}),
+    "xcit": ("xcit_nano_12_p16_224", 64, {"img_size": 64}),
+}
+
+OVER_100_M_PARAMETERS = (
+    *("convnext_large", "efficientnet_v2_l", "wide_resnet101_2"),
+    *("regnet_x_32gf", "regnet_y_32gf", "regnet_y_128gf"),
+    *("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn"),
+    *("vit_l_16", "vit_l_32", "vit_h_14"),
+)
+TIMM_OF_SEVERAL_WIDTHS = ("crossvit_9_240", "efficientvim_m1")
+TIMM_HEADLESS = (
+    *("byobnet", "convnext", "deit", "efficientvit_mit", "efficientvit_msra", "levit"),
+    *("mobilenetv3", "nfnet", "resnet", "shvit", "vision_transformer", "xcit"),
+)
+TORCHVISION_SIDES = {"maxvit_t": 224, "inception_v3": 96, "vit_h_14": 56}
+GET_CLASSIFIER_FAILS_HEADLESS = ("efficientvit_msra", "shvit")
+TIMM_HEADLESS_PARAMETERS = [
+    pytest.param(
+        family,
+        marks=[pytest.mark.xfail(reason="timm's get_classifier raises AttributeError headless")]
+        if family in GET_CLASSIFIER_FAILS_HEADLESS
+        else [],
+    )
+    for family in TIMM_HEADLESS
+]
+TORCHVISION_HEADLESS = {
+    "resnet18": "fc",
+    "shufflenet_v2_x0_5": "fc",
+    "densenet121": "classifier",
+    "mobilenet_v2": "classifier",
+    "mobilenet_v3_small": "classifier.3",
+    "squeezenet1_1": "classifier",
+    "convnext_tiny": "classifier",
+    "efficientnet_b0": "classifier.1",
+    "swin_t": "head",
+    "vit_b_32": "heads",
+}
+TORCHVISION = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in OVER_100_M_PARAMETERS else [])
+    for name in torchvision.models.list_models(module=torchvision.models)
+]
+
+
+@dataclass
+class Host:
+    """A model, and how the library gives its outputs: logits first, then features, pooled."""
+
+    model: Any
+    images: Tensor
+    run: Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass
+class Plain:
+    """What a model was before anything was attached."""
+
+    outputs: tuple[Tensor, ...]
+    state: dict[str, Tensor]
+    attributes: dict[str, set[str]]
+    hooks: dict[str, int]
+
+
+def timm_host(name: str, side: int = 64, **options: Any) -> Host:
+    torch.manual_seed(0)
+    model: Any = fill_zeros(timm.create_model(name, **options).eval())
+    images = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        maps = model.forward_features(images)
+
+    def run() -> tuple[Tensor, ...]:
+        pre_logits = model.forward_head(maps, pre_logits=True)
+        if not model.num_classes:
+            return model(images), pre_logits
+        logits, seen = run_with_input_of(classifier_of(model), model, images)
+        return logits, pre_logits, seen
+
+    return Host(model, images, run)
+
+
+def torchvision_host(name: str, side: int = 64, headless: str | None = None) -> Host:
+    """With `headless`, that module is replaced by the identity."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"image_size": side} if name.startswith("vit_") else {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"init_weights": False}  # their own initialisation warns and takes minutes
+    model: Any = fill_zeros(torchvision.models.get_model(name, weights=None, **options).eval())
+    images = torch.randn(1, 3, side, side)
+    if headless is not None:
+        model.set_submodule(headless, nn.Identity())
+    kinds = (nn.Linear, nn.Conv2d) if headless is None else nn.Identity
+    classifier = [module for module in model.modules() if isinstance(module, kinds)][-1]
+    return Host(model, images, lambda: run_with_input_of(classifier, model, images))
+
+
+def fill_zeros(model: nn.Module) -> nn.Module:
+    """Classifiers and last layers that start at zero would hide what comes before them."""
+    for value in model.parameters():
+        if value.ndim > 1 and not value.any():
+            nn.init.normal_(value, std=0.1)
+    return model
+
+
+def run_with_input_of(module: nn.Module, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model gives, and what comes to a module of it."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    output = model(images)
+    handle.remove()
+    return output, seen[0]
+
+
+def classifier_of(model: Any) -> nn.Module:
+    """The first that timm tells of; of a whole head its layer."""
+    found = model.get_classifier()
+    first: nn.Module = found[0] if isinstance(found, tuple | list | nn.ModuleList) else found
+    layer: nn.Module = getattr(first, "fc", first)
+    return layer
+
+
+@torch.no_grad()
+def note_plain(host: Host) -> Plain:
+    outputs = host.run()
+    assert all(output.isfinite().all() and output.any() for output in outputs)
+    state = copy.deepcopy(host.model.state_dict())
+    return Plain(outputs, state, attributes(host.model), hooks(host.model))
+
+
+def attributes(model: nn.Module) -> dict[str, set[str]]:
+    return {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+def hooks(model: nn.Module) -> dict[str, int]:
+    return {
+        name: len(module._forward_hooks) + len(module._forward_pre_hooks)
+        for name, module in model.named_modules()
+    }
+
+
+def head_of(model: Any) -> FeatureTransferHead:
+    head: FeatureTransferHead = model.feature_transfer["pooled"]
+    return head
+
+
+def randomise(head: FeatureTransferHead) -> None:
+    """In place of training."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in (head.fc1.bias, head.fc2.weight, head.fc2.bias):
+            value.normal_(std=0.1, generator=generator)
+
+
+def check_contract(host: Host) -> None:
+    """Everything in turn, from attaching to detaching."""
+    plain = note_plain(host)
+    attach_transfer(host.model, hidden_features=32)
+    assert head_of(host.model).in_features == plain.outputs[1].shape[1]
+    with torch.no_grad():
+        check_identity(host, plain)
+        randomise(head_of(host.model))
+        check_transfer(host, plain)
+        check_state_dict(host, plain)
+        check_copy(host, plain)
+    check_training(host, plain)
+    detach_transfer(host.model)
+    check_detached(host, plain)
+
+
+def check_identity(host: Host, plain: Plain) -> None:
+    assert all(torch.equal(*pair) for pair in zip(host.run(), plain.outputs, strict=True))
+
+
+def check_transfer(host: Host, plain: Plain) -> None:
+    """Features go through the head, once, wherever they are looked at; logits follow."""
+    logits, *features = host.run()
+    assert not torch.equal(logits, plain.outputs[0])
+    for feature, before in zip(features, plain.outputs[1:], strict=True):
+        assert not torch.equal(feature, before)
+        assert torch.equal(feature, head_of(host.model)(before))
+    with transfer_disabled(host.model):
+        check_identity(host, plain)
+
+
+def check_state_dict(host: Host, plain: Plain) -> None:
+    """A checkpoint of the plain model loads, and only the head's keys are new."""
+    second = head_of(host.model).fc2.weight.clone()
+    host.model.load_state_dict(plain.state, strict=True)
+    assert torch.equal(head_of(host.model).fc2.weight, second)
+    new = host.model.state_dict().keys() - plain.state.keys()
+    assert new == {f"feature_transfer.pooled.{key}" for key in head_of(host.model).state_dict()}
+    assert plain.state.keys() <= host.model.state_dict().keys()
+
+
+def check_copy(host: Host, plain: Plain) -> None:
+    """A copy has a head of its own."""
+    copied = copy.deepcopy(host.model)
+    for value in head_of(copied).fc2.parameters():
+        value.zero_()
+    assert torch.equal(copied(host.images), plain.outputs[0])
+    assert not torch.equal(host.model(host.images), plain.outputs[0])
+
+
+def check_training(host: Host, plain: Plain) -> None:
+    """A step moves the head and nothing else: no weight, no batch-norm statistic."""
+    optimizer = torch.optim.SGD(train_transfer_only(host.model.train()), lr=0.1)
+    before = head_of(host.model).fc2.weight.detach().clone()
+    host.model(host.images).abs().sum().backward()
+    with_gradient = {name for name, p in host.model.named_parameters() if p.grad is not None}
+    assert with_gradient == {
+        f"feature_transfer.pooled.{name}" for name, _ in head_of(host.model).named_parameters()
+    }
+    optimizer.step()
+    assert not torch.equal(head_of(host.model).fc2.weight, before)
+    assert_plain_state(host.model, plain)
+    host.model.eval()
+
+
+def check_detached(host: Host, plain: Plain) -> None:
+    assert host.model.state_dict().keys() == plain.state.keys()
+    assert_plain_state(host.model, plain)
+    assert attributes(host.model) == plain.attributes
+    assert hooks(host.model) == plain.hooks
+    with torch.no_grad():
+        check_identity(host, plain)
+
+
+def assert_plain_state(model: nn.Module, plain: Plain) -> None:
+    state = model.state_dict()
+    moved = [key for key, value in plain.state.items() if not torch.equal(state[key], value)]
+    assert moved == []
+
+
+def test_sixty_families_and_all_of_torchvision() -> None:
+    assert len({name for name, _, _ in TIMM.values()}) == len(TIMM) >= 60
+    assert len(TORCHVISION) >= 80
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_timm(family: str) -> None:
+    name, side, options = TIMM[family]
+    host = timm_host(name, side, **options)
+    assert type(host.model).__module__ == f"timm.models.{family}"
+    check_contract(host)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name: str) -> None:
+    host = torchvision_host(name, TORCHVISION_SIDES.get(name, 64))
+    parameters = sum(value.numel() for value in host.model.parameters())
+    assert (parameters > 100_000_000) == (name in OVER_100_M_PARAMETERS)
+    check_contract(host)
+
+
+@pytest.mark.parametrize("family", TIMM_HEADLESS_PARAMETERS)
+def test_timm_headless(family: str) -> None:
+    name, side, options = TIMM[family]
+    check_contract(timm_host(name, side, **options, num_classes=0))
+
+
+@pytest.mark.parametrize("name", TORCHVISION_HEADLESS)
+def test_torchvision_headless(name: str) -> None:
+    check_contract(torchvision_host(name, headless=TORCHVISION_HEADLESS[name]))
+
+
+@pytest.mark.parametrize("family", TIMM_HEADLESS_PARAMETERS)
+def test_timm_reset_classifier(family: str) -> None:
+    """To other classes, then to none: the head stays, acts once, and is taken away as it came."""
+    name, side, options = TIMM[family]
+    host = timm_host(name, side, **options)
+    model = host.model
+    with torch.no_grad():
+        plain = note_plain(host)
+        attach_transfer(model, hidden_features=32)
+        randomise(head_of(model))
+        model.reset_classifier(7)
+        logits, *features = host.run()
+        assert logits.shape == (1, 7)
+        for feature, before in zip(features, plain.outputs[1:], strict=True):
+            assert torch.equal(feature, head_of(model)(before))
+        model.reset_classifier(0)
+        transferred = head_of(model)(plain.outputs[1])
+        assert all(torch.equal(output, transferred) for output in host.run())
+        detach_transfer(model)
+        assert all(torch.equal(output, plain.outputs[1]) for output in host.run())
+    assert attributes(model)[""] == plain.attributes[""]
+    assert all(count == plain.hooks.get(name, 0) for name, count in hooks(model).items())
+
+
+@pytest.mark.parametrize("name", TIMM_OF_SEVERAL_WIDTHS)
+def test_classifiers_of_several_widths_are_refused(name: str) -> None:
+    model = timm.create_model(name)
+    names = attributes(model)
+    with pytest.raises(AttachError, match=r"take features of several widths, .* one head fits one"):
+        attach_transfer(model)
+    assert attributes(model) == names
+    assert not any(hooks(model).values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ HEADS = (
 def measure(
     models: Sequence[str], batches: Sequence[int], seconds: float, device: str
 ) -> Iterator[dict[str, Any]]:
-    """A row a model, batch size and head: milliseconds plain and attached, and their ratio.
+    """A row a model, batch size and head: milliseconds plain, attached, of the head; the ratio.
 
     Weights are random (they do not change the time), images are of 224 x 224, channels last. Each
     row takes as many pairs as fit into about `seconds`, at least 7.
@@ -66,30 +67,53 @@ def _compare(
     def attach() -> None:
         if not is_attached(model):
             attach_transfer(model, head, dtype=dtype)
+            warm_up()
 
     def detach() -> None:
         if is_attached(model):
             detach_transfer(model)
+            warm_up()
+
+    def warm_up() -> None:
+        """A short run feels that the caches were last used for attaching; a long one does not."""
+        if len(images) == 1:
+            run()
 
     plain = Way(detach, run)
     pairs = max(7, round(seconds / (2 * min(plain.seconds() for _ in range(2)))))
     try:
-        return time_pairs(name, plain, Way(attach, run), pairs)
+        result = time_pairs(name, plain, Way(attach, run), pairs)
     finally:
         detach()
+    return {**result, "head_ms": _time_head(head, len(images))}
+
+
+@torch.inference_mode()
+def _time_head(head: FeatureTransferHead, batch: int) -> float:
+    """Median milliseconds of 200 runs of the head alone, right after each other."""
+    features = torch.randn(batch, head.in_features, device=head.fc1.weight.device)
+
+    def run() -> None:
+        head(features)
+        if features.is_cuda:
+            torch.cuda.synchronize()
+
+    way = Way(lambda: None, run)
+    return 1000 * float(np.median([way.seconds() for _ in range(200)]))
 
 
 def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line a row."""
     lines = [
-        "| model | batch | hidden | weights | plain ms | attached ms | ratio | quartiles | pairs |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | batch | hidden | weights | plain ms | attached ms | ratio | quartiles | pairs "
+        "| head alone ms |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         low, high = row["ratio_quartiles"]
         lines.append(
             f"| {row['model']} | {row['batch']} | {row['hidden']} | {row['dtype']} "
             f"| {row['first_ms']:.1f} | {row['second_ms']:.1f} | {row['ratio']:.4f} "
-            f"| {low:.4f} to {high:.4f} | {row['pairs']} |"
+            f"| {low:.4f} to {high:.4f} | {row['pairs']} | {row['head_ms']:.2f} |"
         )
     return "\n".join(lines) + "\n"

@@ -103,7 +103,6 @@ def install(host: nn.Module, place: Place, module: TransferModule) -> None:
         host.add_module(CHILD, Transfers())
     transfers = transfers_of(host)
     transfers[place.name] = module
-    transfers.places[place.name] = place
     module.train(host.training)
     hook_modules(host, place)
     for method, function in place.methods.items():
@@ -113,6 +112,7 @@ def install(host: nn.Module, place: Place, module: TransferModule) -> None:
 def hook_modules(host: nn.Module, place: Place) -> None:
     """Registers the hooks of `place`; cluster logits pass the classifiers by."""
     transfers = transfers_of(host)
+    transfers.places[place.name] = place
     for name in place.inputs:
         classifier = host.get_submodule(name)
         if gives_clusters(transfers[place.name]):

@@ -20,6 +20,7 @@ from featxfer_integrations._attach import (
     CHILD,
     AttachError,
     Place,
+    Transfers,
     check_host,
     disabled,
     host_parameter,
@@ -125,6 +126,8 @@ def attach_transfer(
         width, options["layout"] = _maps_at(model, place)
     else:
         width = in_features or place.width or _width_at(model, place)
+        if place.width not in (None, width):
+            raise ValueError(f"in_features: got {in_features}, the model says {place.width}")
     kind = FeatureTransferHead if at is None else FeatureTransferBlock
     if head is None:
         module: TransferModule = kind(width, **options)
@@ -197,9 +200,15 @@ def module_place(model: nn.Module, name: str, width: int | None = None) -> Place
     if not name or name not in modules or name.startswith(f"{CHILD}."):
         raise _no_place(model, f"where, at: no module {name!r}")
     leaf = name
-    while isinstance(modules[leaf], nn.Sequential) and len(list(modules[leaf].children())):
-        leaf = f"{leaf}.{[child for child, _ in modules[leaf].named_children()][-1]}"
-    return Place(name.replace(".", "_"), width, outputs=(leaf,))
+    while _runs_its_last_child(model.get_submodule(leaf)):
+        leaf = f"{leaf}.{list(model.get_submodule(leaf)._modules)[-1]}"
+    key = name.replace(".", "_")
+    return Place(f"{key}_" if hasattr(Transfers(), key) else key, width, outputs=(leaf,))
+
+
+def _runs_its_last_child(module: nn.Module) -> bool:
+    """Whether a module's result is that of its last child: a `Sequential` as torch has it."""
+    return type(module).forward is nn.Sequential.forward and len(module._modules) > 0
 
 
 def host_of(model: nn.Module) -> HostModule | None:
@@ -228,12 +237,14 @@ def backbone_sha256(model: nn.Module, place: Place) -> str:
 def _width_at(model: nn.Module, place: Place) -> int:
     """Features or channels at `place`, from one run on a black image."""
     shape = _probe(model, place)
-    if len(shape) not in (2, 4):
-        raise AttachError(
-            f"where: {', '.join(place.outputs or place.inputs)} gives {shape}, "
-            "wanted vectors (n, d) or maps (n, d, h, w)"
-        )
-    return shape[1]
+    if len(shape) == 2:
+        return shape[1]
+    if len(shape) == 4:
+        return shape[3] if shape[1] == shape[2] != shape[3] else shape[1]
+    raise AttachError(
+        f"where: {', '.join(place.outputs or place.inputs)} gives {shape}, "
+        "wanted vectors (n, d) or maps (n, d, h, w)"
+    )
 
 
 def _maps_at(model: nn.Module, place: Place) -> tuple[int, str]:
@@ -299,7 +310,9 @@ def _no_place(model: nn.Module, message: str) -> AttachError:
     candidates = [
         name
         for name, module in model.named_modules()
-        if name and (not list(module.children()) or isinstance(module, nn.Sequential))
+        if name
+        and name.partition(".")[0] != CHILD
+        and (not list(module.children()) or isinstance(module, nn.Sequential))
     ]
     shown = ", ".join(candidates[-12:]) or "none"
     more = f" (the last 12 of {len(candidates)})" if len(candidates) > 12 else ""

@@ -126,8 +126,8 @@ def fit_transfer(
             `featxfer.open_images`; 100 images at the least make sense, labels are not looked at.
         degradation: how LR views are made; several are served by one head.
         where: as in `attach_transfer`, for models that do not say where their feature is.
-        clusters: k; by default 100, or a tenth of the images where these are fewer than 1,000; of an
-            attached head with output "clusters" always its own.
+        clusters: k; by default 100, or a tenth of the images where these are fewer than 1,000; an
+            attached head with output "clusters" keeps its own.
         recipe: by default `FEATURES_RECIPE`, or the paper's `Recipe()` for output "clusters".
         held_out: share of the images, in [0, 1), that is left out of training for the report.
         preprocessing: by default what the model says (timm) or ImageNet's mean and std.

@@ -114,7 +114,11 @@ def stage_place(model: Any, stage: int) -> Place:
 def _classifiers(model: Any) -> dict[str, nn.Module]:
     """The classifiers by name; none of a headless model."""
     names = {module: name for name, module in model.named_modules()}
-    found = [_without_pooling(model, module) for module in _flat(model.get_classifier())]
+    try:
+        classifier = model.get_classifier()
+    except AttributeError:  # some families name a layer that is gone when they are headless
+        classifier = None
+    found = [_without_pooling(model, module) for module in _flat(classifier)]
     return {names[m]: m for m in found if m in names and not isinstance(m, nn.Identity)}
 
 
@@ -152,8 +156,9 @@ def _forward_head(model: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of the model's own: pre-logits and headless results are transferred."""
     result = type(model).forward_head(model, x, *args, **kwargs)
     pre_logits = args[0] if args else kwargs.get("pre_logits", False)
-    if pre_logits or not _classifiers(model):
-        return transfers_of(model).transfer("pooled", result)
+    transfers = transfers_of(model)
+    if pre_logits or not transfers.places["pooled"].inputs:
+        return transfers.transfer("pooled", result)
     return result
 
 
@@ -169,15 +174,22 @@ def _reset_classifier(model: Any, num_classes: int, *args: Any, **kwargs: Any) -
             f"head gives {head.out_features} cluster logits; put a layer of your own on them, or "
             "detach_transfer first"
         )
+    pooling = getattr(model, "global_pool", None)
+    pooling = pooling if isinstance(pooling, str) else getattr(pooling, "pool_type", None)
     unhook_modules(model, "pooled")
     try:
         type(model).reset_classifier(model, num_classes, *args, **kwargs)
         place = pooled_place(model)
+        if place.width != head.in_features:
+            raise AttachError(
+                f"reset_classifier: the new classifier takes {place.width} features, the attached "
+                f"head gives {head.in_features}; detach_transfer first"
+            )
+        hook_modules(model, place)
     except Exception:
-        type(model).reset_classifier(model, 0)
+        type(model).reset_classifier(model, 0, pooling)
         hook_modules(model, pooled_place(model))
         raise
-    hook_modules(model, place)
 
 
 def _load(name: str, weights: str | Path, *, with_classifier: bool) -> nn.Module:

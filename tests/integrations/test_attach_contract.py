@@ -130,16 +130,6 @@ TIMM_HEADLESS = (
     *("mobilenetv3", "nfnet", "resnet", "shvit", "vision_transformer", "xcit"),
 )
 TORCHVISION_SIDES = {"maxvit_t": 224, "inception_v3": 96, "vit_h_14": 56}
-GET_CLASSIFIER_FAILS_HEADLESS = ("efficientvit_msra", "shvit")
-TIMM_HEADLESS_PARAMETERS = [
-    pytest.param(
-        family,
-        marks=[pytest.mark.xfail(reason="timm's get_classifier raises AttributeError headless")]
-        if family in GET_CLASSIFIER_FAILS_HEADLESS
-        else [],
-    )
-    for family in TIMM_HEADLESS
-]
 TORCHVISION_HEADLESS = {
     "resnet18": "fc",
     "shufflenet_v2_x0_5": "fc",
@@ -367,7 +357,7 @@ def test_torchvision(name: str) -> None:
     check_contract(host)
 
 
-@pytest.mark.parametrize("family", TIMM_HEADLESS_PARAMETERS)
+@pytest.mark.parametrize("family", TIMM_HEADLESS)
 def test_timm_headless(family: str) -> None:
     name, side, options = TIMM[family]
     check_contract(timm_host(name, side, **options, num_classes=0))
@@ -378,7 +368,7 @@ def test_torchvision_headless(name: str) -> None:
     check_contract(torchvision_host(name, headless=TORCHVISION_HEADLESS[name]))
 
 
-@pytest.mark.parametrize("family", TIMM_HEADLESS_PARAMETERS)
+@pytest.mark.parametrize("family", TIMM_HEADLESS)
 def test_timm_reset_classifier(family: str) -> None:
     """To other classes, then to none: the head stays, acts once, and is taken away as it came."""
     name, side, options = TIMM[family]

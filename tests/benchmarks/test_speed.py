@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.speed import attached
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.pairs import Way, time_pairs
+
+FOLDER = Path(attached.__file__).parent
+
+
+def test_pairs_take_turns_and_preparing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], []
+
+    def step(name: str, seconds: float) -> None:
+        clock[0] += seconds
+        order.append(name)
+
+    monkeypatch.setattr("benchmarks.speed.pairs.time.perf_counter", lambda: clock[0])
+    ways = [
+        Way(lambda: step("prepare", 100.0), lambda n=n, s=s: step(n, s))  # type: ignore[misc]
+        for n, s in (("a", 2.0), ("b", 3.0))
+    ]
+    result = time_pairs("test", ways[0], ways[1], 3)
+    assert [name for name in order if name != "prepare"] == list("ababbaab")
+    assert result == {
+        "first_ms": 2000.0,
+        "second_ms": 3000.0,
+        "ratio": 1.5,
+        "ratio_quartiles": [1.5, 1.5],
+        "pairs": 3,
+    }
+
+
+def test_attached_is_measured_and_the_model_left_plain(tmp_path: Path) -> None:
+    arguments = ["attached", "--model", "test_resnet", "--batch", "1", "--seconds", "0.01"]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["hidden"], row["dtype"]) for row in rows] == [
+        (hidden, str(dtype).removeprefix("torch.")) for hidden, dtype in attached.HEADS
+    ]
+    assert all(row["pairs"] >= 7 and row["ratio"] > 0 for row in rows)
+    assert (tmp_path / "summary.md").read_text() == attached.to_markdown(rows)
+
+
+@pytest.mark.parametrize("folder", ["attached-1", "attached-32"])
+def test_the_readmes_tables_are_those_of_the_committed_results(folder: str) -> None:
+    rows = json.loads((FOLDER / "results" / folder / "results.json").read_text())["rows"]
+    assert attached.to_markdown(rows) in (FOLDER / "README.md").read_text()

@@ -127,12 +127,12 @@ class Study:
     def table(self, size: int, heads: dict[str, list[FeatureTransferHead]]) -> dict[str, Any]:
         """Rows by name; of each the figures of its runs, a run a seed."""
         train, test = (self.features(split, size) for split in SPLITS)
-        mapped = ridge((train.lr, test.lr), train.hr)
-        hr_mapped = ridge((train.lr, test.hr), train.hr)[1]
+        train_mapped, both = ridge((train.lr, torch.cat([test.lr, test.hr])), train.hr)
+        lr_mapped, hr_mapped = both.split(len(test.lr))
         rows: dict[str, list[tuple[Tensor | None, Tensor]]] = {
             "HR": [(train.hr, test.hr)],
             "LR": [(train.lr, test.lr)],
-            "LR through ridge regression": [mapped],
+            "LR through ridge regression": [(train_mapped, lr_mapped)],
             "HR through ridge regression": [(None, hr_mapped)],
         }
         for name, group in heads.items():

@@ -38,8 +38,6 @@ class FeatureTransferBlock(TransferModule):
     """
 
     kind = "block"
-    input_mean: Tensor
-    input_std: Tensor
 
     def __init__(
         self,
@@ -120,6 +118,4 @@ class FeatureTransferBlock(TransferModule):
         if not (planes.numel() and torch.isfinite(planes).all()):
             raise ValueError(f"maps: got {tuple(maps.shape)}, wanted n >= 1 finite ones")
         std, mean = torch.std_mean(planes, dim=(0, 2, 3), correction=0, keepdim=True)
-        constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)
-        self.input_mean.copy_(mean[0])
-        self.input_std.copy_(std.masked_fill(constant, 1.0)[0])
+        self._keep_statistics(mean[0], std[0])

@@ -60,8 +60,6 @@ class FeatureTransferHead(TransferModule):
     """
 
     kind = "head"
-    input_mean: Tensor
-    input_std: Tensor
     centroids: Tensor
 
     def __init__(
@@ -162,9 +160,7 @@ class FeatureTransferHead(TransferModule):
         """
         rows = as_features("features", features, width=self.in_features)
         std, mean = torch.std_mean(rows, dim=0, correction=0)
-        constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)
-        self.input_mean.copy_(mean)
-        self.input_std.copy_(std.masked_fill(constant, 1.0))
+        self._keep_statistics(mean, std)
 
     @torch.no_grad()
     def set_centroids(self, centroids: ArrayLike) -> None:

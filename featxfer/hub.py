@@ -23,6 +23,8 @@ class TransferModule(nn.Module, PyTorchModelHubMixin):
     """
 
     kind: ClassVar[str]
+    input_mean: Tensor
+    input_std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,9 +40,11 @@ class TransferModule(nn.Module, PyTorchModelHubMixin):
         """The arguments that make a module of the same shape, as JSON types."""
         raise NotImplementedError
 
-    def set_input_statistics(self, features: Tensor) -> None:
-        """Takes mean and standard deviation a dimension or channel from `features`."""
-        raise NotImplementedError
+    def _keep_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Takes them as the input's; what does not vary gets the standard deviation 1."""
+        constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)
+        self.input_mean.copy_(mean)
+        self.input_std.copy_(std.masked_fill(constant, 1.0))
 
     def save_pretrained(
         self,

@@ -97,13 +97,29 @@ def is_attached(host: nn.Module) -> bool:
     return isinstance(host._modules.get(CHILD), Transfers)
 
 
-def install(host: nn.Module, place: Place, module: TransferModule) -> None:
-    """Makes `module` act at `place`; everything has been checked before."""
+def attached_at(host: nn.Module, place: Place) -> TransferModule | None:
+    """What is attached to `host` at `place`, if something is."""
+    if is_attached(host) and place.name in transfers_of(host):
+        return transfers_of(host)[place.name]
+    return None
+
+
+def install(
+    host: nn.Module, place: Place, module: TransferModule, dtype: torch.dtype | None = None
+) -> None:
+    """Makes `module` act at `place`, on the host's device and in its dtype, or in `dtype`.
+
+    Everything has been checked before.
+    """
     if not is_attached(host):
         host.add_module(CHILD, Transfers())
-    transfers = transfers_of(host)
-    transfers[place.name] = module
+    like = host_parameter(host)
+    if like is not None:
+        module.to(like.device, dtype or like.dtype)
+    elif dtype is not None:
+        module.to(dtype)
     module.train(host.training)
+    transfers_of(host)[place.name] = module
     hook_modules(host, place)
     for method, function in place.methods.items():
         setattr(host, method, partial(function, host))
@@ -194,6 +210,11 @@ def host_parameter(host: nn.Module) -> Tensor | None:
         if value.is_floating_point() and not name.startswith(f"{CHILD}.")
     ]
     return tensors[-1] if tensors else None
+
+
+def channel_axis(shape: tuple[int, ...]) -> int:
+    """The axis of channels of 4-D maps of a square image, which are square: 1, or 3 (NHWC)."""
+    return 3 if shape[1] == shape[2] != shape[3] else 1
 
 
 def take_feature(host: nn.Module, place: Place, images: Tensor) -> Tensor:

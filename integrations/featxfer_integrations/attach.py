@@ -21,18 +21,18 @@ from featxfer_integrations._attach import (
     AttachError,
     Place,
     Transfers,
+    attached_at,
+    channel_axis,
     check_host,
     disabled,
     host_parameter,
     install,
-    is_attached,
     remove_all,
     take_feature,
     transfers_of,
 )
 
 M = TypeVar("M", bound=nn.Module)
-POOLED = "pooled"
 INPUT_SIZE = 224
 
 
@@ -43,8 +43,8 @@ class HostModule(Protocol):
         """After pool5: where the classifier's input is."""
         ...
 
-    def stage_place(self, model: nn.Module, stage: int) -> Place:
-        """After a stage of feature maps."""
+    def stage_module(self, model: nn.Module, stage: int) -> str:
+        """Name of the module that ends a stage of feature maps."""
         ...
 
     def model_name(self, model: nn.Module) -> str:
@@ -115,7 +115,7 @@ def attach_transfer(
     check_host(model)
     _check_options(head, output, hidden_features, where, at)
     place = find_place(model, where=where, at=at)
-    if is_attached(model) and place.name in transfers_of(model):
+    if attached_at(model, place) is not None:
         raise AttachError(
             f"model: something is attached at {place.name!r} already; detach_transfer first"
         )
@@ -142,12 +142,7 @@ def attach_transfer(
         sha256 = None if module.card is None else backbone_sha256(model, place)
         check_fit(module, module.card, source, in_features=width, backbone_sha256=sha256)
         _warn_of_degradation(module, degradation)
-    like = host_parameter(model)
-    if like is not None:
-        module.to(like.device, dtype or like.dtype)
-    elif dtype is not None:
-        module.to(dtype)
-    install(model, place, module)
+    install(model, place, module, dtype)
     return model
 
 
@@ -185,7 +180,7 @@ def find_place(model: nn.Module, *, where: str | None = None, at: str | None = N
     host = host_of(model)
     stage = (at or "").removeprefix("stage")
     if host is not None and stage != at and stage.isdecimal():
-        return host.stage_place(model, int(stage))
+        return module_place(model, host.stage_module(model, int(stage)))
     name = where if at is None else at
     if name is not None:
         return module_place(model, name)
@@ -194,7 +189,7 @@ def find_place(model: nn.Module, *, where: str | None = None, at: str | None = N
     return host.pooled_place(model)
 
 
-def module_place(model: nn.Module, name: str, width: int | None = None) -> Place:
+def module_place(model: nn.Module, name: str) -> Place:
     """After a module by name. Of a `Sequential` its last module is hooked, also when run alone."""
     modules = dict(model.named_modules())
     if not name or name not in modules or name.startswith(f"{CHILD}."):
@@ -203,7 +198,7 @@ def module_place(model: nn.Module, name: str, width: int | None = None) -> Place
     while _runs_its_last_child(model.get_submodule(leaf)):
         leaf = f"{leaf}.{list(model.get_submodule(leaf)._modules)[-1]}"
     key = name.replace(".", "_")
-    return Place(f"{key}_" if hasattr(Transfers(), key) else key, width, outputs=(leaf,))
+    return Place(f"{key}_" if hasattr(Transfers(), key) else key, None, outputs=(leaf,))
 
 
 def _runs_its_last_child(module: nn.Module) -> bool:
@@ -240,7 +235,7 @@ def _width_at(model: nn.Module, place: Place) -> int:
     if len(shape) == 2:
         return shape[1]
     if len(shape) == 4:
-        return shape[3] if shape[1] == shape[2] != shape[3] else shape[1]
+        return shape[channel_axis(shape)]
     raise AttachError(
         f"where: {', '.join(place.outputs or place.inputs)} gives {shape}, "
         "wanted vectors (n, d) or maps (n, d, h, w)"
@@ -250,10 +245,9 @@ def _width_at(model: nn.Module, place: Place) -> int:
 def _maps_at(model: nn.Module, place: Place) -> tuple[int, str]:
     """Channels and layout of the maps at `place`: those of a square image are square."""
     shape = _probe(model, place)
-    if len(shape) == 4 and shape[2] == shape[3]:
-        return shape[1], "nchw"
-    if len(shape) == 4 and shape[1] == shape[2]:
-        return shape[3], "nhwc"
+    if len(shape) == 4 and shape[2] in (shape[1], shape[3]):
+        axis = channel_axis(shape)
+        return shape[axis], {1: "nchw", 3: "nhwc"}[axis]
     raise AttachError(
         f"at: {', '.join(place.outputs)} gives {shape}, wanted maps (n, c, h, w) or (n, h, w, c)"
     )

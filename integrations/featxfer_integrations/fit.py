@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +40,8 @@ from featxfer_integrations._attach import (
     CHILD,
     AttachError,
     Place,
+    attached_at,
+    channel_axis,
     check_host,
     host_parameter,
     install,
@@ -165,6 +166,7 @@ def fit_transfer(
     ]
     train, test = _split(len(features[0].ids), held_out, seed)
     head = _new_head(model, place, features[0].hr.shape[1], clusters, len(train), seed)
+    recipe = recipe or (FEATURES_RECIPE if head.output == "features" else Recipe())
     log, clustering = _train(head, features, train, recipe, seed)
     fitted = TransferFit(
         log,
@@ -182,7 +184,7 @@ def fit_transfer(
             "preprocessing": dataclasses.asdict(backbone.preprocessing),
             "images": fitted.images,
             "images_fingerprint": opened.fingerprint,
-            "recipe": (recipe or _default_recipe(head)).to_dict(),
+            "recipe": recipe.to_dict(),
             "seed": seed,
             "precision": precision,
             "diagnostics": [part.summary() for part in fitted.diagnostics],
@@ -239,7 +241,9 @@ class FeatureAt(nn.Module):
         feature = take_feature(
             self.model, self.place, images if like is None else images.to(like.dtype)
         )
-        return feature.mean((2, 3)) if feature.ndim == 4 else feature
+        if feature.ndim == 4:
+            return feature.mean((2, 3) if channel_axis(tuple(feature.shape)) == 1 else (1, 2))
+        return feature
 
 
 class _HostBackbone(Backbone):
@@ -266,19 +270,15 @@ def _place(model: nn.Module, where: str | None) -> Place:
     """The named place, that of the one head which is attached, or where a new one would go."""
     if where is None and is_attached(model):
         transfers = transfers_of(model)
-        heads = [p for n, p in transfers.places.items() if _is_head(transfers[n])]
+        heads = [
+            p for n, p in transfers.places.items() if isinstance(transfers[n], FeatureTransferHead)
+        ]
         if len(heads) == 1:
             return heads[0]
     place = find_place(model, where=where)
-    if is_attached(model):
-        transfers = transfers_of(model)
-        if place.name in transfers and not _is_head(transfers[place.name]):
-            raise AttachError(f"where: a block is attached at {place.name!r}, wanted a head")
+    if not isinstance(attached_at(model, place), FeatureTransferHead | None):
+        raise AttachError(f"where: a block is attached at {place.name!r}, wanted a head")
     return place
-
-
-def _is_head(module: nn.Module) -> bool:
-    return isinstance(module, FeatureTransferHead)
 
 
 def _check_settings(views: Sequence[Degradation], held_out: float) -> None:
@@ -302,9 +302,8 @@ def _new_head(
     model: nn.Module, place: Place, width: int, clusters: int | None, images: int, seed: int
 ) -> FeatureTransferHead:
     """An untrained head in the sizes of the one that is attached, if one is."""
-    config: dict[str, Any] = {}
-    if is_attached(model) and place.name in transfers_of(model):
-        config = transfers_of(model)[place.name].config
+    attached = attached_at(model, place)
+    config = {} if attached is None else attached.config
     k = clusters or min(100, max(1, images // 10))
     if config.get("output") == "clusters":
         k = config["clusters"]
@@ -313,18 +312,13 @@ def _new_head(
     return FeatureTransferHead(**{**config, "in_features": width, "clusters": k}, seed=seed)
 
 
-def _default_recipe(head: FeatureTransferHead) -> Recipe:
-    return FEATURES_RECIPE if head.output == "features" else Recipe()
-
-
 def _train(
     head: FeatureTransferHead,
     features: Sequence[Features],
     train: Tensor,
-    recipe: Recipe | None,
+    recipe: Recipe,
     seed: int,
 ) -> tuple[list[EpochLog], Clustering]:
-    recipe = recipe or _default_recipe(head)
     hr, lr = features[0].hr[train], [part.lr[train] for part in features]
     with tqdm(total=recipe.epochs, desc="training the head", unit="epoch", disable=None) as bar:
 
@@ -367,15 +361,13 @@ def _reports(
 
 def _put(model: nn.Module, place: Place, head: FeatureTransferHead) -> None:
     """Attaches the trained head, or gives what it learned to the one that is attached."""
-    like = host_parameter(model)
-    if is_attached(model) and place.name in transfers_of(model):
-        attached = transfers_of(model)[place.name]
-        assert isinstance(attached, FeatureTransferHead)
+    attached = attached_at(model, place)
+    if isinstance(attached, FeatureTransferHead):
         attached.centroids = torch.empty_like(head.centroids).to(attached.centroids)
         attached.load_state_dict(head.state_dict())
         attached.card = head.card
     else:
-        install(model, place, head if like is None else head.to(like.device, like.dtype))
+        install(model, place, head)
 
 
 def _warn_if_useless(fitted: TransferFit) -> None:

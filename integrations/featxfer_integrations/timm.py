@@ -96,10 +96,8 @@ def pooled_place(model: Any) -> Place:
     )
 
 
-def stage_place(model: Any, stage: int) -> Place:
-    """After entry `stage` of `feature_info`, as `out_indices=(stage,)` counts them."""
-    from featxfer_integrations.attach import module_place
-
+def stage_module(model: Any, stage: int) -> str:
+    """The module of entry `stage` of `feature_info`, as `out_indices=(stage,)` counts them."""
     info = getattr(model, "feature_info", None) or []
     entries = list(getattr(info, "info", info))
     if stage >= len(entries) or "module" not in entries[stage]:
@@ -108,7 +106,7 @@ def stage_place(model: Any, stage: int) -> Place:
             f"at: timm's {type(model).__name__} has no stage{stage}; "
             f"it has {', '.join(names) or 'none'}"
         )
-    return module_place(model, str(entries[stage]["module"]))
+    return str(entries[stage]["module"])
 
 
 def _classifiers(model: Any) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featxfer import Backbone, Preprocessing
 from featxfer.backbone import frozen
-from featxfer_integrations._attach import AttachError, Place
+from featxfer_integrations._attach import AttachError, Place, channel_axis
 from featxfer_integrations._weights import BackboneError, load_by_name, read_state_dict
 
 
@@ -89,17 +89,15 @@ def pooled_place(model: nn.Module) -> Place:
     )
 
 
-def stage_place(model: nn.Module, stage: int) -> Place:
-    """After the last layer of each resolution of the feature maps, from the highest one."""
-    from featxfer_integrations.attach import module_place
-
+def stage_module(model: nn.Module, stage: int) -> str:
+    """The last layer of each resolution of the feature maps, from the highest one."""
     layers = _layers_by_resolution(model)
     if stage >= len(layers):
         names = ", ".join(f"stage{index} = {name}" for index, name in enumerate(layers))
         raise AttachError(
             f"at: {type(model).__name__} has no stage{stage}; it has {names or 'none'}"
         )
-    return module_place(model, layers[stage])
+    return layers[stage]
 
 
 def _layers_by_resolution(model: nn.Module) -> list[str]:
@@ -112,9 +110,8 @@ def _layers_by_resolution(model: nn.Module) -> list[str]:
 
     def note(_: nn.Module, __: object, output: object, *, name: str) -> None:
         shape = tuple(output.shape) if isinstance(output, Tensor) else ()
-        side = shape[1] if len(shape) == 4 and shape[1] == shape[2] else shape[-1] if shape else 0
-        if len(shape) == 4 and 1 < side < size:
-            last[round(size / side)] = name
+        if len(shape) == 4 and 1 < shape[4 - channel_axis(shape)] < size:
+            last[round(size / shape[4 - channel_axis(shape)])] = name
 
     handles = [
         layer.register_forward_hook(partial(note, name=name)) for name, layer in _layers(model)

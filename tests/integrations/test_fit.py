@@ -240,6 +240,28 @@ def test_a_module_of_ones_own_at_a_map(drawings: Path, tmp_path: Path) -> None:
     assert not torch.equal(model(images), plain)
 
 
+class ChannelsLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 12), nn.ReLU())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.body(images.movedim(1, -1)).mean((1, 2))
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help")
+def test_maps_with_channels_last_are_averaged_over_their_plane(
+    drawings: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, images = ChannelsLast().eval(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(backbone_of(model, where="body").module(images), model(images))
+    fit(model, drawings, tmp_path, where="body")
+    assert transfers_of(model)["body"].in_features == 12
+    assert model(images).shape == (2, 12)
+
+
 def test_half_precision_hosts_are_followed(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:

@@ -11,8 +11,15 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 from torch import nn
 
-from featxfer import PROTOCOLS, Backbone, FeatureTransferHead, average_precisions, train_svms
-from featxfer.svm import Protocol, SVMClassifier
+from featxfer import (
+    PROTOCOLS,
+    Backbone,
+    FeatureTransferHead,
+    LinearSVMs,
+    average_precisions,
+    train_svms,
+)
+from featxfer.svm import SOLVERS, Protocol, SVMClassifier
 
 RNG = np.random.default_rng(0)
 ROWS = torch.from_numpy(RNG.normal(size=(90, 6)).astype(np.float32))
@@ -21,18 +28,22 @@ LABELS = np.where(
 )
 
 
-def test_plain_by_hand() -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_plain_by_hand(solver: str) -> None:
     """Two points: min w^2/2 + b^2/2 + (1 - w)^2 + (1 - w)^2 has w = 4/5, b = 0."""
-    svms = train_svms(torch.tensor([[1.0], [-1.0]]), np.array([[1], [-1]]), PROTOCOLS["plain"])
+    rows, labels = torch.tensor([[1.0], [-1.0]]), np.array([[1], [-1]])
+    svms = train_svms(rows, labels, PROTOCOLS["plain"], solver=solver)
     assert svms.coef == pytest.approx(np.array([[0.8]]), abs=1e-3)
     assert svms.intercept == pytest.approx(np.array([0.0]), abs=1e-3)
     assert svms.decisions(torch.tensor([[2.0]])) == pytest.approx(np.array([[1.6]]), abs=2e-3)
 
 
-def test_positive_weight_and_normalisation_by_hand() -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_positive_weight_and_normalisation_by_hand(solver: str) -> None:
     """Both rows have the length 3; positive errors weigh 2: a linear system in w and b."""
     protocol = Protocol("one cost", (1.0,))
-    svms = train_svms(torch.tensor([[3.0], [-3.0]]), np.array([[1], [-1]]), protocol)
+    rows, labels = torch.tensor([[3.0], [-3.0]]), np.array([[1], [-1]])
+    svms = train_svms(rows, labels, protocol, solver=solver)
     system = [[1 + 4 + 2, 4 - 2], [4 - 2, 1 + 4 + 2]]
     w, b = np.linalg.solve(system, [4 + 2, 4 - 2])
     assert svms.coef[0, 0] == pytest.approx(w, abs=2e-3)
@@ -83,6 +94,61 @@ def test_more_columns_than_rows_by_rotation() -> None:
         model.fit(rows.double().numpy(), labels[:, column])
         np.testing.assert_allclose(svms.coef[column], model.coef_[0], atol=1e-9)
         np.testing.assert_allclose(svms.intercept[column], model.intercept_[0], atol=1e-9)
+
+
+def loss(
+    svms: LinearSVMs, rows: torch.Tensor, labels: np.ndarray, protocol: Protocol
+) -> list[float]:
+    """What is minimised, a class each, at the weights found."""
+    weights = np.where(labels == 1, protocol.positive_weight, 1.0)
+    if protocol.difficult == "ignored":
+        weights[labels == 0] = 0
+    hinge = np.maximum(0, 1 - np.where(labels == 1, 1, -1) * svms.decisions(rows))
+    errors = (np.array(svms.costs) * weights * hinge**2).sum(0)
+    return list((svms.coef**2).sum(1) / 2 + svms.intercept**2 / 2 + errors)
+
+
+@pytest.mark.parametrize("cost", [0.01, 1.0, 1000.0])
+@pytest.mark.parametrize("width", [6, 200])
+@pytest.mark.parametrize("difficult", ["negative", "ignored"])
+def test_both_solvers_find_one_minimum(cost: float, width: int, difficult: str) -> None:
+    """With more rows than columns and fewer, and rows that only have difficult instances."""
+    protocol = Protocol("one", (cost,), difficult=difficult, max_iter=1_000_000)
+    rows = torch.from_numpy(RNG.normal(size=(90, width)).astype(np.float32))
+    labels = LABELS.copy()
+    labels[::7] = 0
+    reference = train_svms(rows, labels, protocol)
+    batched = train_svms(rows, labels, protocol, solver="batched")
+    np.testing.assert_allclose(
+        loss(batched, rows, labels, protocol),
+        loss(reference, rows, labels, protocol),
+        rtol=1e-3,
+    )
+    assert batched.coef.shape == reference.coef.shape
+    for column in range(3):
+        both = (batched.decisions(rows)[:, column], reference.decisions(rows)[:, column])
+        assert np.corrcoef(*both)[0, 1] > 0.9999
+
+
+def test_the_batched_solver_chooses_the_same_costs() -> None:
+    """Where the reference's choice is no near tie."""
+    generator = np.random.default_rng(2)
+    rows = torch.from_numpy(generator.normal(size=(300, 60)).astype(np.float32))
+    noise = 4 * generator.normal(size=(300, 3))
+    labels = np.where(rows.numpy() @ generator.normal(size=(60, 3)) + noise > 4, 1, -1)
+    reference = train_svms(rows, labels, PROTOCOLS["virtex"])
+    done: list[int] = []
+    batched = train_svms(rows, labels, PROTOCOLS["virtex"], solver="batched", callback=done.append)
+    assert (batched.fits, batched.unconverged, done) == (reference.fits, 0, [0, 1, 2])
+    assert batched.costs == reference.costs
+    fresh = generator.normal(size=(300, 60)).astype(np.float32)
+    decisions = [svms.decisions(fresh) for svms in (batched, reference)]
+    np.testing.assert_allclose(decisions[0], decisions[1], atol=0.01)
+
+
+def test_columns_that_do_not_converge_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featxfer.batched_svm.MAX_ITERATIONS", 1)
+    assert train_svms(ROWS, LABELS, PROTOCOLS["plain"], solver="batched").unconverged == 3
 
 
 def test_difficult_images_are_negative_or_ignored_in_training() -> None:
@@ -140,6 +206,11 @@ def test_svms_tell_classes_apart() -> None:
 def test_bad_input_is_named(rows: torch.Tensor, labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train_svms(rows, labels, PROTOCOLS["vissl"])
+
+
+def test_an_unknown_solver() -> None:
+    with pytest.raises(ValueError, match="solver: got 'newton', wanted"):
+        train_svms(ROWS, LABELS, PROTOCOLS["plain"], solver="newton")
 
 
 def test_decisions_of_another_width() -> None:

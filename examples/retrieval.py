@@ -34,7 +34,14 @@ def main(
     frozen, images = load_backbone(backbone, weights), open_photos(gallery)
     degradation = Degradation(lr_size=lr_size)
     before = extract_features(frozen, images, degradation, cache / "features")
-    fit_transfer(frozen.module, open_photos(train), degradation=degradation, seed=seed, cache=cache)
+    fit_transfer(
+        frozen.module,
+        open_photos(train),
+        degradation=degradation,
+        depth="pooled",
+        seed=seed,
+        cache=cache,
+    )
     after = extract_features(frozen, images, degradation, cache / "features")
 
     queries = {"LR, before": before.lr, "LR, after": after.lr, "HR, after": after.hr}

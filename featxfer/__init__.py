@@ -22,7 +22,9 @@ from featxfer.pseudo_labels import (
 from featxfer.store import FeatureStore, StoreError
 from featxfer.svm import PROTOCOLS, LinearSVMs, Protocol, average_precisions, train_svms
 from featxfer.trainer import (
+    BLOCK_RECIPE,
     FEATURES_RECIPE,
+    CheckpointError,
     DivergenceError,
     EpochLog,
     PseudoLabelTrainer,
@@ -35,11 +37,13 @@ from featxfer.voc import DevkitError, VOCDevkit
 __version__ = "0.1.0"
 
 __all__ = [
+    "BLOCK_RECIPE",
     "FEATURES_RECIPE",
     "PROTOCOLS",
     "ArtifactError",
     "Backbone",
     "Card",
+    "CheckpointError",
     "Clustering",
     "Degradation",
     "DevkitError",

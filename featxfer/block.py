@@ -1,4 +1,4 @@
-"""FeatureTransferBlock: a residual convolution on feature maps, after any stage of a backbone."""
+"""FeatureTransferBlock: residual convolutions on feature maps, after any stage of a backbone."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ LAYOUTS = ("nchw", "nhwc")
 class FeatureTransferBlock(TransferModule):
     """The idea of the feature transfer network where features are still maps (ours).
 
-    `x - project(relu(conv2(a)) + a)` with `a = relu(conv1((x - input_mean) / input_std))`: a 3 x 3
-    convolution to `hidden_channels`, a grouped 3 x 3 one beside a skip, and a 1 x 1 one back, which
-    starts at zero. Untrained it returns its input, bit for bit.
+    `units` residual units, one after the other: `x - project(relu(expand(spatial(z) + z)))` with
+    `z = (x - input_mean) / input_std`. `spatial` is a depthwise convolution with a wide kernel,
+    `expand` and `project` are 1 x 1 convolutions to `hidden_channels` and back; `project` starts
+    at zero, so that an untrained block returns its input, bit for bit. Without `depthwise` a unit
+    is `x - project(relu(spatial(z)))` with a full convolution to `hidden_channels`.
 
     Shapes: `(n, channels, h, w)`, or with layout "nhwc" `(n, h, w, channels)`, to the same, in the
     dtype of the input; the layers run in the dtype of their weights.
 
     Args:
         channels: of the stage that it follows.
-        hidden_channels: of the convolutions between; a multiple of `groups`.
-        groups: of the second convolution.
+        hidden_channels: between the 1 x 1 convolutions.
+        units: how many, each with weights of its own.
+        kernel_size: of the spatial convolution, odd.
+        depthwise: whether the spatial convolution takes each channel by itself.
         layout: "nchw", or "nhwc" for hosts that keep channels last (Swin).
         seed: of the He initialisation. The global random state is neither read nor changed.
 
     Raises:
-        ValueError: a size below 1, `hidden_channels` that `groups` does not divide, an unknown
-            layout.
+        ValueError: a size below 1, an even `kernel_size`, an unknown layout.
     """
 
     kind = "block"
@@ -44,60 +47,70 @@ class FeatureTransferBlock(TransferModule):
         channels: int,
         hidden_channels: int = 256,
         *,
-        groups: int = 16,
+        units: int = 2,
+        kernel_size: int = 7,
+        depthwise: bool = True,
         layout: str = "nchw",
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_integer("channels", channels, at_least=1)
         check_integer("hidden_channels", hidden_channels, at_least=1)
-        check_integer("groups", groups, at_least=1)
-        if hidden_channels % groups:
-            raise ValueError(
-                f"hidden_channels: got {hidden_channels}, wanted a multiple of groups={groups}"
-            )
+        check_integer("units", units, at_least=1)
+        check_integer("kernel_size", kernel_size, at_least=1)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size: got {kernel_size}, wanted an odd one")
         check_choice("layout", layout, LAYOUTS)
-        self.layout = layout
-        make: Any = partial(nn.utils.skip_init, nn.Conv2d, device=torch.get_default_device())
-        width = hidden_channels
-        self.conv1 = make(channels, width, 3, padding=1)
-        self.conv2 = make(width, width, 3, padding=1, groups=groups)
-        self.project = make(width, channels, 1)
+        self.channels, self.hidden_channels = channels, hidden_channels
+        self.kernel_size, self.depthwise, self.layout = kernel_size, bool(depthwise), layout
+        self.units = nn.ModuleList(
+            _Unit(channels, hidden_channels, kernel_size, self.depthwise) for _ in range(units)
+        )
         self.register_buffer("input_mean", torch.zeros(channels, 1, 1))
         self.register_buffer("input_std", torch.ones(channels, 1, 1))
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int = 0) -> None:
-        """The initial weights, from a generator of its own; zero biases and last layer."""
+        """The initial weights, from a generator of its own; zero biases and last layers."""
         generator = torch.Generator().manual_seed(seed)
-        for layer in (self.conv1, self.conv2):
-            if not layer.weight.is_meta:
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-                nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
+        for unit in self.units:
+            assert isinstance(unit, _Unit)
+            for layer in unit.children():
+                assert isinstance(layer, nn.Conv2d)
+                if not layer.weight.is_meta:
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(unit.project.weight)
 
     @property
     def in_features(self) -> int:
         """Channels of the maps that it takes and returns."""
-        return int(self.conv1.in_channels)
+        return self.channels
 
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that make a block of the same shape, as JSON types."""
         return {
-            "channels": self.in_features,
-            "hidden_channels": self.conv1.out_channels,
-            "groups": self.conv2.groups,
+            "channels": self.channels,
+            "hidden_channels": self.hidden_channels,
+            "units": len(self.units),
+            "kernel_size": self.kernel_size,
+            "depthwise": self.depthwise,
             "layout": self.layout,
         }
 
+    def macs(self, height: int, width: int) -> int:
+        """Multiply-accumulates for one map of `height` x `width`."""
+        weights = sum(p.numel() for p in self.units.parameters() if p.ndim == 4)
+        return weights * height * width
+
     def forward(self, maps: Tensor) -> Tensor:
         """Transferred maps, see the class; `ValueError` for another shape."""
-        planes = self._planes(maps).to(self.conv1.weight.dtype)
-        hidden = F.relu(self.conv1((planes - self.input_mean) / self.input_std))
-        added: Tensor = self.project(F.relu(self.conv2(hidden)) + hidden).to(maps.dtype)
-        return maps - (added if self.layout == "nchw" else added.movedim(1, -1))
+        planes = self._planes(maps)
+        for unit in self.units:
+            z = (planes.to(self.input_mean.dtype) - self.input_mean) / self.input_std
+            planes = planes - unit(z).to(maps.dtype)
+        return planes if self.layout == "nchw" else planes.movedim(1, -1)
 
     def _planes(self, maps: Tensor) -> Tensor:
         """The maps as `(n, channels, h, w)`; `ValueError` for another shape."""
@@ -119,3 +132,24 @@ class FeatureTransferBlock(TransferModule):
             raise ValueError(f"maps: got {tuple(maps.shape)}, wanted n >= 1 finite ones")
         std, mean = torch.std_mean(planes, dim=(0, 2, 3), correction=0, keepdim=True)
         self._keep_statistics(mean[0], std[0])
+
+
+class _Unit(nn.Module):
+    """What one unit subtracts from the maps, of normalised maps."""
+
+    def __init__(self, channels: int, hidden: int, kernel_size: int, depthwise: bool) -> None:
+        super().__init__()
+        make: Any = partial(nn.utils.skip_init, nn.Conv2d, device=torch.get_default_device())
+        spatial = partial(make, channels, kernel_size=kernel_size, padding=kernel_size // 2)
+        if depthwise:
+            self.spatial = spatial(channels, groups=channels)
+            self.expand = make(channels, hidden, 1)
+        else:
+            self.spatial = spatial(hidden)
+        self.project = make(hidden, channels, 1)
+        self.depthwise = depthwise
+
+    def forward(self, z: Tensor) -> Tensor:
+        hidden = self.expand(self.spatial(z) + z) if self.depthwise else self.spatial(z)
+        subtracted: Tensor = self.project(F.relu(hidden))
+        return subtracted

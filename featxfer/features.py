@@ -77,6 +77,44 @@ def extract_features(
         StoreError: the cache is damaged.
         DiskError: the cache cannot be written.
     """
+    stores = fill_stores(
+        backbone,
+        images,
+        degradation,
+        cache,
+        batch_size=batch_size,
+        part_rows=part_rows,
+        precision=precision,
+        on_error=on_error,
+    )
+    rows = {view: store.read() for view, store in stores.items()}
+    skipped = {**rows["hr"].skipped, **rows["lr"].skipped}
+    if skipped and on_error == "raise":
+        raise ImageError(next(iter(skipped.values())))
+    hr, lr = (_without(part, skipped) for part in rows.values())
+    align([hr, lr])
+    if not hr.ids:
+        reason = next(iter(skipped.values()))
+        raise ValueError(f"images: none of {len(images)} could be read: {reason}")
+    keys = {view: store.manifest.key for view, store in stores.items()}
+    return Features(hr.ids, hr.features.float(), lr.features.float(), skipped, keys)
+
+
+def fill_stores(
+    backbone: Backbone,
+    images: Images,
+    degradation: Degradation,
+    cache: str | Path,
+    *,
+    batch_size: int = 64,
+    part_rows: int = 256,
+    precision: str = "fp32",
+    on_error: str = "raise",
+) -> dict[str, FeatureStore]:
+    """The finished stores of view "hr" and "lr"; arguments and errors as `extract_features`.
+
+    Rows are kept in the precision of the arithmetic: float32, or bfloat16.
+    """
     check_integer("batch_size", batch_size, at_least=1)
     check_integer("part_rows", part_rows, at_least=1)
     check_choice("precision", precision, ("fp32", "bf16"))
@@ -97,17 +135,7 @@ def extract_features(
     for store in stores.values():
         _forget_readable(store, images)
     _fill(stores, backbone, images, degradation, batch_size, precision, on_error)
-    rows = {view: store.read() for view, store in stores.items()}
-    skipped = {**rows["hr"].skipped, **rows["lr"].skipped}
-    if skipped and on_error == "raise":
-        raise ImageError(next(iter(skipped.values())))
-    hr, lr = (_without(part, skipped) for part in rows.values())
-    align([hr, lr])
-    if not hr.ids:
-        reason = next(iter(skipped.values()))
-        raise ValueError(f"images: none of {len(images)} could be read: {reason}")
-    keys = {view: store.manifest.key for view, store in stores.items()}
-    return Features(hr.ids, hr.features, lr.features, skipped, keys)
+    return stores
 
 
 def scale_features(features: ArrayLike, scaling: str) -> Tensor:
@@ -256,21 +284,22 @@ def _run(
     autocast: AbstractContextManager[object] = (
         torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
     )
+    kept = torch.bfloat16 if precision == "bf16" else torch.float32
     rows = []
     with frozen(backbone.module), autocast:
         for start in range(0, len(pixels), batch_size):
             batch = torch.stack(pixels[start : start + batch_size]).to(device)
             output = backbone.module(backbone.preprocessing(batch))
-            rows.append(_as_rows(backbone, output, len(batch)))
+            rows.append(_as_rows(backbone, output, len(batch), kept))
             advance(len(batch))
     return torch.cat(rows)
 
 
-def _as_rows(backbone: Backbone, output: object, count: int) -> Tensor:
+def _as_rows(backbone: Backbone, output: object, count: int, dtype: torch.dtype) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != count:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"backbone {backbone.name}: got output {got}, wanted ({count}, d)")
-    return output.to("cpu", torch.float32)
+    return output.to("cpu", dtype)
 
 
 def _check_finite(features: Tensor, ids: tuple[str, ...], view: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,14 @@ def open_images(source: ImageSource) -> Images:
         paths = [Path(p) for p in source]
         return from_files([str(p) for p in paths], paths)
     return _from_dataset(source)
+
+
+def flipped(images: Images) -> Images:
+    """The same images under the same names, mirrored left to right."""
+    digest = hashlib.sha256(f"flipped {images.fingerprint}".encode()).hexdigest()
+    return dataclasses.replace(
+        images, read=lambda index: images.read(index).flip(-1), fingerprint=digest
+    )
 
 
 def from_files(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Rows:
 
     Args:
         ids: image names, in the images' order, without the skipped ones.
-        features: float32 `(len(ids), d)`.
+        features: `(len(ids), d)`, float32, or bfloat16 where the arithmetic was.
         skipped: image name -> why it could not be read.
     """
 
@@ -155,12 +156,7 @@ class FeatureStore:
 
     def read_part(self, index: int) -> Rows:
         """Reads one part; `StoreError` if it is not there or its bytes are not those written."""
-        path = self._find(index)
-        if path is None:
-            raise StoreError(f"{self.directory}: part {index} of {self.part_count} is missing")
-        data = path.read_bytes()
-        if not _is_whole(path, data):
-            raise StoreError(f"{path} is damaged; delete it and run again to compute it anew")
+        _, data = self._whole_part(index)
         described = _describe(data)
         features = safetensors.torch.load(data)["features"]
         return Rows(tuple(described["ids"]), features, described["skipped"])
@@ -174,13 +170,74 @@ class FeatureStore:
             {name: reason for part in parts for name, reason in part.skipped.items()},
         )
 
+    def open_rows(self) -> StoredRows:
+        """All rows, left on disk until they are taken; errors as `read`."""
+        described = [self._described(index) for index in range(self.part_count)]
+        return StoredRows(
+            tuple(name for part, _ in described for name in part["ids"]),
+            [_mapped(path) for part, path in described if part["ids"]],
+            {n: reason for part, _ in described for n, reason in part["skipped"].items()},
+        )
+
+    def _described(self, index: int) -> tuple[dict[str, Any], Path]:
+        path, data = self._whole_part(index)
+        return _describe(data), path
+
     def damaged_parts(self) -> list[Path]:
         """The files of finished parts whose bytes are not those that were written."""
         return damaged_parts(self.directory)
 
+    def _whole_part(self, index: int) -> tuple[Path, bytes]:
+        """File and bytes of one part; errors as `read_part`."""
+        path = self._find(index)
+        if path is None:
+            raise StoreError(f"{self.directory}: part {index} of {self.part_count} is missing")
+        data = path.read_bytes()
+        if not _is_whole(path, data):
+            raise StoreError(f"{path} is damaged; delete it and run again to compute it anew")
+        return path, data
+
     def _find(self, index: int) -> Path | None:
         """The part's file; the first by name, should two processes have rounded differently."""
         return min(self.directory.glob(f"part-{index:06d}.*.safetensors"), default=None)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of a finished store, mapped into memory: the system reads them as they are taken.
+
+    Args:
+        ids: image names, in the images' order, without the skipped ones.
+        parts: the rows of each part, `(rows, d)`.
+        skipped: image name -> why it could not be read.
+    """
+
+    ids: tuple[str, ...]
+    parts: Sequence[Tensor]
+    skipped: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, indices: Tensor) -> Tensor:
+        """Rows by index, `(len(indices), d)`, in the dtype that they were written in."""
+        ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
+        owners = torch.searchsorted(ends, indices, right=True)
+        return torch.stack(
+            [
+                self.parts[part][row]
+                for part, row in zip(
+                    owners.tolist(), (indices - starts[owners]).tolist(), strict=True
+                )
+            ]
+        )
+
+
+def _mapped(path: Path) -> Tensor:
+    with safetensors.safe_open(path, framework="pt") as file:
+        rows: Tensor = file.get_tensor("features")
+    return rows
 
 
 def damaged_parts(directory: Path) -> list[Path]:

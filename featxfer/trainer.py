@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from featxfer._checks import ArrayLike, as_features, check_choice, check_integer, check_paired
+from featxfer._files import write_atomic
 from featxfer.head import FeatureTransferHead
 from featxfer.objectives import LabelCrossEntropy, Objective, PrototypeDistillation
 from featxfer.pseudo_labels import Clustering, pseudo_labels
@@ -23,6 +29,10 @@ SCHEDULES = ("steps", "one-cycle")
 
 class DivergenceError(ArithmeticError):
     """The loss became infinite or NaN; the head holds the weights of the last good epoch."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or of another module; training has not begun."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,12 @@ class Recipe:
     gamma: float = 0.1
     optimizer: str = "sgd"
     schedule: str = "steps"
+    patience: int = 0
 
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs, at_least=1)
         check_integer("batch_size", self.batch_size, at_least=1)
+        check_integer("patience", self.patience, at_least=0)
         for name, valid, wanted in (
             ("learning_rate", self.learning_rate > 0, "> 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
@@ -120,25 +132,65 @@ FEATURES_RECIPE = Recipe(
 )
 """For a head with output "features"."""
 
+BLOCK_RECIPE = Recipe(
+    epochs=36,
+    batch_size=64,
+    learning_rate=3e-3,
+    weight_decay=0.05,
+    optimizer="adamw",
+    schedule="one-cycle",
+)
+"""For blocks, trained through the frozen rest of their backbone."""
+
 _WARM_UP = 0.3
 
 
 @dataclass(frozen=True)
 class EpochLog:
-    """One epoch: mean loss, label accuracy in [0, 1] while training, first rate and seconds."""
+    """One epoch: mean loss, label accuracy in [0, 1] while training, first rate and seconds.
+
+    `held_out_loss` is the mean loss on held-out rows after the epoch, None where there are none.
+    """
 
     epoch: int
     loss: float
     label_accuracy: float
     learning_rate: float
     seconds: float
+    held_out_loss: float | None = None
+
+
+class Rows(Protocol):
+    """What a trainer draws mini-batches from, where it is more than two arrays in memory."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """Indices of the rows of one epoch, int64 `(m,)`, in the order that they are taken."""
+        ...
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of these rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    inputs: Tensor
+    targets: Tensor
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(len(self.inputs), generator=generator)
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        indices = indices.to(self.inputs.device)
+        return self.inputs[indices], self.targets[indices]
 
 
 class PseudoLabelTrainer:
-    """Trains a head, or any module from features to what an objective takes.
+    """Trains a head, or any module from inputs to what an objective takes.
 
     Features are held in memory and drawn without a DataLoader. `fit` runs the whole recipe;
-    `step` does one mini-batch, for a loop of one's own.
+    `step` does one mini-batch, for a loop of one's own. Parameters that ask for no gradient, such
+    as frozen layers behind a block, are left alone.
 
     Args:
         head: of rows `(n, d)`; trained in place, on the device of its parameters.
@@ -161,7 +213,10 @@ class PseudoLabelTrainer:
         self.recipe = recipe or Recipe()
         self.objective = objective or LabelCrossEntropy()
         self.seed = seed
-        self.optimizer = self.recipe.make_optimizer(head.parameters())
+        self.parameters = {n: p for n, p in head.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise ValueError("head: got no parameter that asks for a gradient, wanted one")
+        self.optimizer = self.recipe.make_optimizer(self.parameters.values())
 
     def step(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One update on a mini-batch of features `(b, d)` and their targets, on the head's device.
@@ -180,6 +235,7 @@ class PseudoLabelTrainer:
         features: ArrayLike,
         targets: Tensor,
         *,
+        held_out: tuple[ArrayLike, Tensor] | None = None,
         callback: Callable[[EpochLog], object] | None = None,
     ) -> list[EpochLog]:
         """Runs the recipe and returns its log, an entry an epoch.
@@ -191,6 +247,8 @@ class PseudoLabelTrainer:
             features: `(n, d)`.
             targets: a row each, as the objective takes them: pseudo-labels int64 `(n,)`, or HR
                 features `(n, d)`.
+            held_out: other rows and their targets. The head gets the weights of the epoch with the
+                lowest loss on them, and the recipe's `patience` counts.
             callback: called after each epoch with its log; an exception from it ends training.
 
         Raises:
@@ -198,54 +256,193 @@ class PseudoLabelTrainer:
             DivergenceError: a loss that is not finite; the head keeps the last good epoch.
         """
         rows = as_features("features", features)
-        device = next(self.head.parameters()).device
-        generator = torch.Generator().manual_seed(self.seed)
-        training, log = self.head.training, []
+        device = next(iter(self.parameters.values())).device
+        sets = [(rows, targets)]
+        if held_out is not None:
+            sets.append((as_features("held_out", held_out[0], width=rows.shape[1]), held_out[1]))
+        sets = [(part.to(device), wanted.to(device)) for part, wanted in sets]
+        with torch.no_grad(), _evaluating(self.head):
+            for part, wanted in sets:
+                self.objective.check(self.head(part[:1]), wanted, len(part))
+        others = [_InMemory(*part) for part in sets[1:]]
+        return self.fit_rows(
+            _InMemory(*sets[0]), held_out=others[0] if others else None, callback=callback
+        )
+
+    def fit_rows(
+        self,
+        rows: Rows,
+        *,
+        held_out: Rows | None = None,
+        checkpoint: Path | None = None,
+        callback: Callable[[EpochLog], object] | None = None,
+    ) -> list[EpochLog]:
+        """As `fit`, on rows that are made when they are taken; they are not checked.
+
+        Args:
+            rows: see `Rows`.
+            held_out: the same, as `fit` has it.
+            checkpoint: a file that is written after each epoch; where it exists, training goes on
+                from it to the same weights, bit for bit. It is the caller's to see that it is of
+                the same rows, recipe and seed.
+            callback: as in `fit`.
+
+        Raises:
+            DivergenceError: as `fit`.
+            CheckpointError: a checkpoint of another module, or damaged.
+            DiskError: the checkpoint cannot be written.
+        """
+        progress = _Progress(torch.Generator().manual_seed(self.seed))
+        training = self.head.training
+        device = next(iter(self.parameters.values())).device
         devices = [device] if device.type == "cuda" else []
         try:
-            rows, targets = rows.to(device), targets.to(device)
-            with torch.no_grad():
-                self.objective.check(self.head.eval()(rows[:1]), targets, len(rows))
-            self.head.train()
             with torch.random.fork_rng(devices):
                 torch.manual_seed(self.seed)
-                for epoch in range(self.recipe.epochs):
-                    log.append(self._epoch(epoch, rows, targets, generator))
+                if checkpoint is not None and checkpoint.exists():
+                    progress = self._resume(checkpoint, progress.generator)
+                while not self._is_done(progress):
+                    self._epoch(progress, rows, held_out, device)
+                    if checkpoint is not None:
+                        self._keep(checkpoint, progress)
                     if callback is not None:
-                        callback(log[-1])
+                        callback(progress.log[-1])
         finally:
             self.head.train(training)
-        return log
+        self._restore(progress.best)
+        return progress.log
+
+    def _is_done(self, progress: _Progress) -> bool:
+        """Whether all epochs are done, or the held-out loss has not fallen for `patience` ones."""
+        log, patience = progress.log, self.recipe.patience
+        if len(log) >= self.recipe.epochs:
+            return True
+        losses = [entry.held_out_loss for entry in log if entry.held_out_loss is not None]
+        return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
     def _epoch(
-        self, epoch: int, rows: Tensor, targets: Tensor, generator: torch.Generator
-    ) -> EpochLog:
-        start = time.perf_counter()
-        good = {name: value.clone() for name, value in self.head.state_dict().items()}
-        batches = torch.randperm(len(rows), generator=generator).split(self.recipe.batch_size)
+        self, progress: _Progress, rows: Rows, held_out: Rows | None, device: torch.device
+    ) -> None:
+        start, epoch = time.perf_counter(), len(progress.log)
+        good = {name: p.detach().clone() for name, p in self.parameters.items()}
+        batches = rows.order(progress.generator).split(self.recipe.batch_size)
         first_rate = self.recipe.learning_rate_at(epoch)
-        losses, right = [], []
+        losses, right, count = [], [], 0
+        self.head.train()
         for step, batch in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate_at(epoch, step / len(batches))
-            batch = batch.to(rows.device)
-            loss, hits = self.step(rows[batch], targets[batch])
+            inputs, targets = rows.take(batch)
+            loss, hits = self.step(inputs.to(device), targets.to(device))
             losses.append(loss * len(batch))
             right.append(hits)
-        mean_loss = float(torch.stack(losses).sum()) / len(rows)
+            count += len(batch)
+        mean_loss = float(torch.stack(losses).sum()) / count
         if not (math.isfinite(mean_loss) and self._weights_are_finite()):
-            self.head.load_state_dict(good)
+            self._restore(good)
             finite = [math.isfinite(float(loss)) for loss in losses]
             step = finite.index(False) if False in finite else len(finite)
             raise DivergenceError(
                 f"loss or weights are not finite at epoch {epoch}, step {step} (learning rate "
                 f"{first_rate:g}); the head keeps the weights from before that epoch"
             )
-        accuracy = int(torch.stack(right).sum()) / len(rows)
-        return EpochLog(epoch, mean_loss, accuracy, first_rate, time.perf_counter() - start)
+        judged = None if held_out is None else self._judge(held_out, device)
+        if judged is not None and judged < progress.lowest:
+            progress.lowest = judged
+            progress.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        accuracy, seconds = int(torch.stack(right).sum()) / count, time.perf_counter() - start
+        progress.log.append(EpochLog(epoch, mean_loss, accuracy, first_rate, seconds, judged))
+
+    @torch.no_grad()
+    def _judge(self, held_out: Rows, device: torch.device) -> float:
+        """The mean loss on held-out rows."""
+        order = held_out.order(torch.Generator().manual_seed(0))
+        total = 0.0
+        with _evaluating(self.head):
+            for batch in order.split(256):
+                inputs, targets = held_out.take(batch)
+                loss, _ = self.objective(self.head(inputs.to(device)), targets.to(device))
+                total += float(loss) * len(batch)
+        return total / len(order)
+
+    def _restore(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in weights.items():
+                self.parameters[name].copy_(value)
 
     def _weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.head.parameters())
+        return all(bool(torch.isfinite(p).all()) for p in self.parameters.values())
+
+    def _keep(self, path: Path, progress: _Progress) -> None:
+        tensors = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"best.{name}": value for name, value in progress.best.items()}
+        for name, p in self.parameters.items():
+            for part, value in self.optimizer.state[p].items():
+                tensors[f"optimizer.{part}.{name}"] = value
+        tensors["random.order"] = progress.generator.get_state()
+        tensors["random.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        log = json.dumps([dataclasses.asdict(entry) for entry in progress.log])
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        write_atomic(path, safetensors.torch.save(tensors, {"log": log}))
+
+    def _resume(self, path: Path, generator: torch.Generator) -> _Progress:
+        """Weights, optimizer, randomness and log as after the checkpoint's last epoch."""
+        data = path.read_bytes()
+        try:
+            tensors = safetensors.torch.load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            log = [EpochLog(**entry) for entry in json.loads(header["__metadata__"]["log"])]
+            self._restore({name: tensors[f"weights.{name}"] for name in self.parameters})
+        except (
+            safetensors.SafetensorError,
+            KeyError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as error:
+            raise CheckpointError(
+                f"{path}: no checkpoint of this training ({type(error).__name__}: {error}); "
+                "delete it to start anew"
+            ) from error
+        best: dict[str, Tensor] = {}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "best":
+                best[name] = value
+            elif kind == "optimizer":
+                part, _, owner = name.partition(".")
+                parameter = self.parameters[owner]
+                moved = value if part == "step" else value.to(parameter.device)
+                self.optimizer.state[parameter][part] = moved
+        generator.set_state(tensors["random.order"])
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+        losses = [entry.held_out_loss for entry in log if entry.held_out_loss is not None]
+        return _Progress(generator, log, min(losses, default=math.inf), best)
+
+
+@dataclass
+class _Progress:
+    """Randomness of the order, the log, the lowest held-out loss and the weights that had it."""
+
+    generator: torch.Generator
+    log: list[EpochLog] = field(default_factory=list)
+    lowest: float = math.inf
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, the former mode after."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def fit_head(

@@ -224,7 +224,9 @@ class Study:
             model = copy.deepcopy(self.model)
             attach_transfer(model, hidden_features=self.config["hidden"])
             views = [Degradation(lr_size=size) for size in sizes]
-            fit_transfer(model, images, degradation=views, seed=seed, cache=self.cache)
+            fit_transfer(
+                model, images, degradation=views, depth="pooled", seed=seed, cache=self.cache
+            )
             transfers_of(model)["pooled"].save_pretrained(folder)
         return FeatureTransferHead.from_pretrained(folder)
 

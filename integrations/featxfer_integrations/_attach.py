@@ -221,11 +221,12 @@ def take_feature(host: nn.Module, place: Place, images: Tensor) -> Tensor:
     """The plain feature at `place`: `(n, d)` or `(n, d, h, w)`; what is attached is left out."""
     if is_attached(host):
         with disabled(host):
-            return _take_feature(host, place, images)
-    return _take_feature(host, place, images)
+            return take_enabled_feature(host, place, images)
+    return take_enabled_feature(host, place, images)
 
 
-def _take_feature(host: nn.Module, place: Place, images: Tensor) -> Tensor:
+def take_enabled_feature(host: nn.Module, place: Place, images: Tensor) -> Tensor:
+    """As `take_feature`, with what is attached before the place in use."""
     if place.feature is not None:
         return place.feature(host, images)
     taken: list[Tensor] = []

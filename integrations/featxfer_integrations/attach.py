@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -45,6 +45,10 @@ class HostModule(Protocol):
 
     def stage_module(self, model: nn.Module, stage: int) -> str:
         """Name of the module that ends a stage of feature maps."""
+        ...
+
+    def deep_module(self, model: nn.Module) -> str | None:
+        """Name of the module that ends the last stage of maps of 1/16 of the image's size."""
         ...
 
     def model_name(self, model: nn.Module) -> str:
@@ -123,7 +127,7 @@ def attach_transfer(
     if hidden_features is not None:
         options["hidden_features" if at is None else "hidden_channels"] = hidden_features
     if at is not None:
-        width, options["layout"] = _maps_at(model, place)
+        width, options["layout"] = maps_at(model, place)
     else:
         width = in_features or place.width or _width_at(model, place)
         if place.width not in (None, width):
@@ -224,8 +228,17 @@ def _import_host(name: str) -> HostModule:
 
 
 def backbone_sha256(model: nn.Module, place: Place) -> str:
-    """Hash of the model's weights without what is attached and without the classifiers."""
-    left_out = tuple(f"{name}." for name in (CHILD, *place.inputs))
+    """Hash of the model's weights without what is attached and without the classifiers.
+
+    What is attached after a module that is not the model's own pooled place, such as a block, is
+    for the model with any classifier.
+    """
+    classifiers = place.inputs
+    host = host_of(model)
+    if host is not None and not classifiers:
+        with suppress(AttachError):
+            classifiers = host.pooled_place(model).inputs
+    left_out = tuple(f"{name}." for name in (CHILD, *classifiers) if name not in place.outputs)
     return weights_sha256(model, leave_out=left_out)
 
 
@@ -242,7 +255,7 @@ def _width_at(model: nn.Module, place: Place) -> int:
     )
 
 
-def _maps_at(model: nn.Module, place: Place) -> tuple[int, str]:
+def maps_at(model: nn.Module, place: Place) -> tuple[int, str]:
     """Channels and layout of the maps at `place`: those of a square image are square."""
     shape = _probe(model, place)
     if len(shape) == 4 and shape[2] in (shape[1], shape[3]):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featxfer import (
+    BLOCK_RECIPE,
     FEATURES_RECIPE,
     Backbone,
     Card,
     Degradation,
     EpochLog,
+    FeatureTransferBlock,
     FeatureTransferHead,
+    Images,
     Preprocessing,
     Recipe,
     diagnose,
@@ -32,7 +37,9 @@ from featxfer import (
     kmeans,
     open_images,
 )
-from featxfer.features import Features, default_cache, software_versions
+from featxfer._checks import check_choice
+from featxfer.features import default_cache, software_versions
+from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
 from featxfer.pairs import PairAgreement, compare_pairs
 from featxfer.pseudo_labels import Clustering, LabelDiagnostics
@@ -43,13 +50,26 @@ from featxfer_integrations._attach import (
     attached_at,
     channel_axis,
     check_host,
+    gives_clusters,
     host_parameter,
     install,
     is_attached,
     take_feature,
     transfers_of,
 )
-from featxfer_integrations.attach import backbone_sha256, find_place, host_of
+from featxfer_integrations._replay import Rest
+from featxfer_integrations.attach import backbone_sha256, find_place, host_of, maps_at
+from featxfer_integrations.deep import (
+    BlockPlan,
+    MapAt,
+    TooLongError,
+    bf16_is_fast,
+    extract_maps,
+    map_shape,
+    train_blocks,
+)
+
+DEPTHS = ("auto", "pooled", "deep")
 
 
 @dataclass(frozen=True)
@@ -80,12 +100,14 @@ class TransferFit:
     """What `fit_transfer` found.
 
     Args:
-        log: an entry an epoch.
+        log: of the head's training, an entry an epoch.
         diagnostics: of the pseudo-labels, a degradation each.
         held_out: of the trained head, a degradation each; empty where no pairs were held out, and
             for output "clusters", which is not in the space of HR features.
         images: how many the head was trained on.
         skipped: image name -> why it could not be read.
+        depth: "pooled", or "deep" where blocks were trained too.
+        blocks_log: of the blocks' training, an entry an epoch.
     """
 
     log: list[EpochLog]
@@ -93,6 +115,8 @@ class TransferFit:
     held_out: list[HeldOutPairs]
     images: int
     skipped: dict[str, str]
+    depth: str = "pooled"
+    blocks_log: list[EpochLog] = field(default_factory=list)
 
 
 def fit_transfer(
@@ -100,105 +124,295 @@ def fit_transfer(
     images: ImageSource,
     *,
     degradation: Degradation | Sequence[Degradation] = Degradation(),  # noqa: B008 - frozen value
+    depth: str = "auto",
     where: str | None = None,
+    at: str | Sequence[str] | None = None,
     clusters: int | None = None,
     recipe: Recipe | None = None,
+    block_recipe: Recipe | None = None,
+    minutes: float = 30.0,
     held_out: float = 0.1,
     preprocessing: Preprocessing | None = None,
     cache: str | Path | None = None,
     batch_size: int = 64,
-    precision: str = "fp32",
+    precision: str = "auto",
     on_error: str = "raise",
     seed: int = 0,
 ) -> TransferFit:
-    """Trains a head on unlabelled HR images and leaves it attached to the model.
+    """Trains a head, and blocks before it, on unlabelled HR images and leaves them attached.
 
     Features of the HR view and of each LR view are taken once and kept in the cache, HR features
     are clustered, and a head is trained towards the HR features of the same images, for HR inputs
     as well as LR ones, so that HR images come out as they went in. The model's own weights are
-    never changed; the model is as it was until all is done, whatever happens before. The head that
-    is attached at the place is trained anew, in its sizes, and stays the same object; where nothing
-    is, a new head is attached.
+    never changed; the model is as it was until all is done, whatever happens before. What is
+    attached at a place is trained anew, in its sizes, and stays the same object; where nothing is,
+    a new head or block is attached.
     A head with output "clusters" is trained on the paper's pseudo-labels instead.
+
+    With depth "deep", a `FeatureTransferBlock` after an earlier stage is trained first, towards the
+    same features, through the frozen layers behind it; then the head, on what comes out. This is
+    where most is gained, since maps have not yet lost what the global pool loses. Maps up to the
+    stage are computed once and kept in the cache (88 KB an image and view for EfficientNet-Lite0,
+    half in bfloat16). Interrupted training goes on when the same call is made again. How long it
+    will take is told on stderr before it begins.
 
     Args:
         model: as `attach_transfer` takes it.
         images: a folder, an ImageFolder tree, a list of files or a map-style Dataset, see
             `featxfer.open_images`; 100 images at the least make sense, labels are not looked at.
         degradation: how LR views are made; several are served by one head.
+        depth: "pooled": a head alone; "deep": blocks and a head; "auto": deep where the model has
+            a stage of maps for it, nothing else was asked for, and the estimate of the training
+            time is within `minutes`.
         where: as in `attach_transfer`, for models that do not say where their feature is.
+        at: where blocks go, as in `attach_transfer`, one place or several from the first to the
+            last; by default after the last stage of 1/16 of the image's size, as far as timm or
+            torchvision tell it.
         clusters: k; by default 100, or a tenth of the images where these are fewer than 1,000; an
             attached head with output "clusters" keeps its own.
         recipe: by default `FEATURES_RECIPE`, or the paper's `Recipe()` for output "clusters".
-        held_out: share of the images, in [0, 1), that is left out of training for the report.
+        block_recipe: by default `BLOCK_RECIPE`.
+        minutes: of depth "auto": the longest that blocks may train.
+        held_out: share of the images, in [0, 1), that is left out of training for the report, and
+            to tell which epoch's weights are best.
         preprocessing: by default what the model says (timm) or ImageNet's mean and std.
         cache: folder for features; by default `$FEATXFER_CACHE` or `~/.cache/featxfer`.
         batch_size: images a forward pass.
-        precision: "fp32", or "bf16" for autocast, in extraction.
+        precision: "fp32", or "bf16" for autocast; "auto": "bf16" for maps and blocks where the
+            hardware multiplies in it, "fp32" for the rest.
         on_error: "raise" at an image that cannot be read, or "skip" it and list it.
         seed: of the clusters, the head, the order of rows and the choice of held-out images.
 
     Raises:
-        AttachError: as `attach_transfer`; a block, which this function does not train.
+        AttachError: as `attach_transfer`; with depth "deep" no stage of maps that a block fits,
+            or a feature that hangs on more than these maps.
         ValueError: bad arguments, features without variance, more clusters than images.
         ImageError, FileNotFoundError, StoreError, DiskError: as `open_images` and
             `extract_features`.
         DivergenceError: the loss became infinite.
     """
     check_host(model)
+    check_choice("depth", depth, DEPTHS)
+    check_choice("precision", precision, ("auto", "fp32", "bf16"))
     place = _place(model, where)
     views = [degradation] if isinstance(degradation, Degradation) else list(degradation)
-    _check_settings(views, held_out)
-    backbone = host_backbone(model, place, preprocessing)
-    folder = Path(cache or default_cache()) / "features"
+    _check_settings(views, held_out, minutes)
+    plans = _plans(model, place, depth, where, at)
     opened = open_images(images)
+    task = _Task(
+        model,
+        place,
+        host_backbone(model, place, preprocessing),
+        opened,
+        views,
+        clusters,
+        held_out,
+        seed,
+        Path(cache or default_cache()),
+        precision,
+        {"batch_size": batch_size, "on_error": on_error},
+    )
+    trained = None
+    if plans:
+        try:
+            trained = _fit_deep(
+                task, plans, recipe, block_recipe, minutes if depth == "auto" else None
+            )
+        except TooLongError as error:
+            tell(f"a head alone: {error}")
+    if trained is None:
+        trained = _fit_pooled(task, recipe)
+    for module, modules_place in trained.modules:
+        _put(model, modules_place, module)
+    _warn_if_useless(trained.fit)
+    return trained.fit
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a fit is asked for, after all checks."""
+
+    model: nn.Module
+    place: Place
+    backbone: Backbone
+    images: Images
+    views: Sequence[Degradation]
+    clusters: int | None
+    held_out: float
+    seed: int
+    cache: Path
+    precision: str
+    options: dict[str, Any]
+
+    def arithmetic(self, *, deep: bool) -> str:
+        """The precision of the arithmetic, "fp32" or "bf16"."""
+        if self.precision != "auto":
+            return self.precision
+        like = host_parameter(self.model)
+        device = torch.device("cpu") if like is None else like.device
+        return "bf16" if deep and bf16_is_fast(device) else "fp32"
+
+    def k(self, images: int) -> int:
+        """The number of clusters for so many images."""
+        return self.clusters or min(100, max(1, images // 10))
+
+    def card(self, fit: TransferFit, log: Sequence[EpochLog], **details: Any) -> Card:
+        """The card of a module."""
+        return Card(
+            self.backbone.name,
+            str(details.pop("sha256")),
+            tuple(self.views),
+            {
+                "host": self.backbone.host,
+                "preprocessing": dataclasses.asdict(self.backbone.preprocessing),
+                "depth": fit.depth,
+                "images": fit.images,
+                "images_fingerprint": self.images.fingerprint,
+                "seed": self.seed,
+                "diagnostics": [part.summary() for part in fit.diagnostics],
+                "held_out": [
+                    {**dataclasses.asdict(part), "cosine_gap_recovered": part.cosine_gap_recovered}
+                    for part in fit.held_out
+                ],
+                "final_loss": log[-1].loss,
+                "versions": software_versions(),
+                **details,
+            },
+        )
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """The report, and what goes where."""
+
+    fit: TransferFit
+    modules: list[tuple[TransferModule, Place]]
+
+
+def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
+    """A head alone, on features after pool5."""
+    precision = task.arithmetic(deep=False)
     features = [
         extract_features(
-            backbone,
-            opened,
+            task.backbone,
+            task.images,
             view,
-            folder,
-            batch_size=batch_size,
+            task.cache / "features",
             precision=precision,
-            on_error=on_error,
+            **task.options,
         )
-        for view in views
+        for view in task.views
     ]
-    train, test = _split(len(features[0].ids), held_out, seed)
-    head = _new_head(model, place, features[0].hr.shape[1], clusters, len(train), seed)
+    hr, lr = features[0].hr, [part.lr for part in features]
+    train, test = _split(len(hr), task.held_out, task.seed)
+    head = _new_head(task, hr.shape[1], len(train))
     recipe = recipe or (FEATURES_RECIPE if head.output == "features" else Recipe())
-    log, clustering = _train(head, features, train, recipe, seed)
-    fitted = TransferFit(
+    log, clustering = _train(head, hr[train], [rows[train] for rows in lr], recipe, task.seed)
+    through = [] if head.output == "clusters" else [head.transfer(rows[test]) for rows in (*lr, hr)]
+    fit = TransferFit(
         log,
-        [diagnose(part.hr[train], part.lr[train], clustering.centroids) for part in features],
-        _reports(head, features, test, clustering),
+        [diagnose(hr[train], rows[train], clustering.centroids) for rows in lr],
+        _reports(hr[test], [rows[test] for rows in lr], through, clustering),
         len(train),
         features[0].skipped,
     )
-    head.card = Card(
-        backbone.name,
-        backbone.weights_sha256,
-        tuple(views),
-        {
-            "host": backbone.host,
-            "preprocessing": dataclasses.asdict(backbone.preprocessing),
-            "images": fitted.images,
-            "images_fingerprint": opened.fingerprint,
-            "recipe": recipe.to_dict(),
-            "seed": seed,
-            "precision": precision,
-            "diagnostics": [part.summary() for part in fitted.diagnostics],
-            "held_out": [
-                {**dataclasses.asdict(part), "cosine_gap_recovered": part.cosine_gap_recovered}
-                for part in fitted.held_out
-            ],
-            "final_loss": log[-1].loss,
-            "versions": software_versions(),
-        },
+    head.card = task.card(
+        fit,
+        log,
+        sha256=task.backbone.weights_sha256,
+        recipe=recipe.to_dict(),
+        precision=precision,
     )
-    _put(model, place, head)
-    _warn_if_useless(fitted)
-    return fitted
+    return _Trained(fit, [(head, task.place)])
+
+
+def _fit_deep(
+    task: _Task,
+    plans: Sequence[BlockPlan],
+    recipe: Recipe | None,
+    block_recipe: Recipe | None,
+    minutes: float | None,
+) -> _Trained:
+    """Blocks through the frozen layers behind them, then a head on what comes out."""
+    model, precision = task.model, task.arithmetic(deep=True)
+    size = task.views[0].hr_size
+    noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    like = host_parameter(model)
+    image = noise if like is None else noise.to(like.device, like.dtype)
+    rest = Rest(model, plans[0].place, task.place, image, precision)
+    first = dataclasses.replace(task.backbone, module=MapAt(model, plans[0].place))
+    maps = extract_maps(
+        first,
+        task.images,
+        task.views,
+        task.cache / "maps",
+        map_shape(model, plans[0].place, image),
+        precision=precision,
+        **task.options,
+    )
+    train, test = _split(len(maps.hr[0]), task.held_out, task.seed)
+    blocks = {plan.module: _new_block(model, plan, task.seed) for plan in plans}
+    block_recipe = block_recipe or BLOCK_RECIPE
+    with _epochs(block_recipe, "training blocks") as (bar, advance):
+        deep = train_blocks(
+            rest,
+            plans,
+            blocks,
+            maps,
+            train,
+            test,
+            clusters=task.k(len(train)),
+            seed=task.seed,
+            recipe=block_recipe,
+            minutes=minutes,
+            checkpoint=lambda key: task.cache / "training" / f"{key}.safetensors",
+            tell=lambda seconds: tell(
+                f"training blocks takes about {seconds / 60:.1f} minutes", bar
+            ),
+            callback=advance,
+        )
+    head = _new_head(task, deep.hr[0].shape[1], len(train))
+    recipe = recipe or FEATURES_RECIPE
+    wanted = torch.cat([rows[train] for rows in deep.hr])
+    given = [
+        torch.cat([rows[train] for rows in pair]) for pair in (*deep.lr_through, deep.hr_through)
+    ]
+    log, _ = _train(head, wanted, given, recipe, task.seed, deep.clustering)
+    through = [head.transfer(pair[0][test]) for pair in (*deep.lr_through, deep.hr_through)]
+    hr = deep.hr[0]
+    fit = TransferFit(
+        log,
+        [diagnose(hr[train], rows[train], deep.clustering.centroids) for rows in deep.lr],
+        _reports(hr[test], [rows[test] for rows in deep.lr], through, deep.clustering),
+        len(train),
+        dict(maps.hr[0].skipped),
+        "deep",
+        deep.log,
+    )
+    head.card = task.card(
+        fit,
+        log,
+        sha256=task.backbone.weights_sha256,
+        recipe=recipe.to_dict(),
+        precision=precision,
+        after=[plan.module for plan in plans],
+    )
+    for plan in plans:
+        blocks[plan.module].card = task.card(
+            fit,
+            deep.log,
+            sha256=backbone_sha256(model, plan.place),
+            recipe=block_recipe.to_dict(),
+            precision=precision,
+            at=plan.module,
+        )
+    places = [(blocks[plan.module], plan.place) for plan in plans]
+    return _Trained(fit, [*places, (head, task.place)])
+
+
+def tell(message: str, bar: Any = None) -> None:
+    """One line on stderr, above a progress bar if there is one."""
+    (bar or tqdm).write(f"featxfer: {message}", file=sys.stderr)
 
 
 def backbone_of(
@@ -281,7 +495,46 @@ def _place(model: nn.Module, where: str | None) -> Place:
     return place
 
 
-def _check_settings(views: Sequence[Degradation], held_out: float) -> None:
+def _plans(
+    model: nn.Module, pooled: Place, depth: str, where: str | None, at: str | Sequence[str] | None
+) -> list[BlockPlan]:
+    """Where blocks go; none for a head alone."""
+    if depth == "pooled" and at is not None:
+        raise ValueError(f"at: got {at!r} with depth='pooled', which trains no block")
+    if depth == "pooled" or (depth == "auto" and where is not None):
+        return []
+    attached = attached_at(model, pooled)
+    if attached is not None and gives_clusters(attached):
+        if depth == "auto":
+            return []
+        raise AttachError('depth: a head with output "clusters" is attached, wanted "features"')
+    host = host_of(model)
+    names = [at] if isinstance(at, str) else list(at or [])
+    if not names:
+        found = None if host is None else host.deep_module(model)
+        if found is None and depth == "auto":
+            return []
+        if found is None:
+            raise AttachError(
+                f"at: {type(model).__name__} names no stage of maps of 1/16 of the image's size; "
+                "name a stage or a module"
+            )
+        names = [found]
+    plans = []
+    for name in names:
+        place = find_place(model, at=name)
+        if not isinstance(attached_at(model, place), FeatureTransferBlock | None):
+            raise AttachError(f"at: a head is attached at {place.name!r}, wanted a block")
+        try:
+            plans.append(BlockPlan(name, place, *maps_at(model, place)))
+        except AttachError:
+            if depth == "auto" and at is None:
+                return []
+            raise
+    return plans
+
+
+def _check_settings(views: Sequence[Degradation], held_out: float, minutes: float) -> None:
     if not views:
         raise ValueError("degradation: got none, wanted at least one")
     sizes = {view.hr_size for view in views}
@@ -289,6 +542,8 @@ def _check_settings(views: Sequence[Degradation], held_out: float) -> None:
         raise ValueError(f"degradation: got hr_size {sorted(sizes)}, wanted one for all")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out: got {held_out!r}, wanted a share in [0, 1)")
+    if not minutes > 0:
+        raise ValueError(f"minutes: got {minutes!r}, wanted > 0")
 
 
 def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -298,41 +553,46 @@ def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
     return order[:kept].sort().values, order[kept:].sort().values
 
 
-def _new_head(
-    model: nn.Module, place: Place, width: int, clusters: int | None, images: int, seed: int
-) -> FeatureTransferHead:
+def _new_head(task: _Task, width: int, images: int) -> FeatureTransferHead:
     """An untrained head in the sizes of the one that is attached, if one is."""
-    attached = attached_at(model, place)
+    attached = attached_at(task.model, task.place)
     config = {} if attached is None else attached.config
-    k = clusters or min(100, max(1, images // 10))
+    k = task.k(images)
     if config.get("output") == "clusters":
         k = config["clusters"]
-        if clusters not in (None, k):
-            raise ValueError(f"clusters: got {clusters}, the attached head gives {k} logits")
-    return FeatureTransferHead(**{**config, "in_features": width, "clusters": k}, seed=seed)
+        if task.clusters not in (None, k):
+            raise ValueError(f"clusters: got {task.clusters}, the attached head gives {k} logits")
+    return FeatureTransferHead(**{**config, "in_features": width, "clusters": k}, seed=task.seed)
+
+
+def _new_block(model: nn.Module, plan: BlockPlan, seed: int) -> FeatureTransferBlock:
+    """An untrained block in the sizes of the one that is attached, if one is."""
+    attached = attached_at(model, plan.place)
+    config = {} if attached is None else attached.config
+    sizes = {"channels": plan.channels, "layout": plan.layout}
+    block = FeatureTransferBlock(**{**config, **sizes}, seed=seed)
+    like = host_parameter(model)
+    return block if like is None else block.to(like.device)
 
 
 def _train(
     head: FeatureTransferHead,
-    features: Sequence[Features],
-    train: Tensor,
+    hr: Tensor,
+    lr: Sequence[Tensor],
     recipe: Recipe,
     seed: int,
+    clustering: Clustering | None = None,
 ) -> tuple[list[EpochLog], Clustering]:
-    hr, lr = features[0].hr[train], [part.lr[train] for part in features]
-    with tqdm(total=recipe.epochs, desc="training the head", unit="epoch", disable=None) as bar:
-
-        def advance(_: EpochLog) -> None:
-            bar.update()
-
+    k = len(head.centroids)
+    with _epochs(recipe, "training the head") as (_, advance):
         if head.output == "features":
-            clustering = kmeans(F.normalize(hr, dim=1), len(head.centroids), seed=seed)
+            clustering = clustering or kmeans(F.normalize(hr, dim=1), k, seed=seed)
             log = fit_features_head(
                 head, hr, lr, clustering, recipe=recipe, seed=seed, callback=advance
             )
         else:
-            clustering = kmeans(hr, len(head.centroids), seed=seed)
-            rows, repeated = torch.cat(lr), hr.repeat(len(lr), 1)
+            clustering = kmeans(hr, k, seed=seed)
+            rows, repeated = torch.cat(list(lr)), hr.repeat(len(lr), 1)
             head.set_input_statistics(rows)
             log = fit_head(
                 head, repeated, rows, clustering, recipe=recipe, seed=seed, callback=advance
@@ -340,34 +600,45 @@ def _train(
     return log, clustering
 
 
+@contextmanager
+def _epochs(recipe: Recipe, what: str) -> Iterator[tuple[Any, Callable[[EpochLog], None]]]:
+    """A progress bar, and what moves it on after an epoch."""
+    with tqdm(total=recipe.epochs, desc=what, unit="epoch", disable=None) as bar:
+
+        def advance(entry: EpochLog) -> None:
+            bar.update(entry.epoch + 1 - bar.n)
+
+        yield bar, advance
+
+
 def _reports(
-    head: FeatureTransferHead, features: Sequence[Features], test: Tensor, clustering: Clustering
+    hr: Tensor, lr: Sequence[Tensor], through: Sequence[Tensor], clustering: Clustering
 ) -> list[HeldOutPairs]:
-    if not len(test) or head.output != "features":
+    """Of held-out images: their features, and what becomes of each LR view and of HR, the last."""
+    if not len(hr) or not through:
         return []
-    hr, centroids = features[0].hr[test], clustering.centroids
-    hr_cosine = float(F.cosine_similarity(head.transfer(hr), hr).mean())
-    views = [part.lr[test] for part in features]
+    hr_cosine = float(F.cosine_similarity(through[-1], hr).mean())
     return [
         HeldOutPairs(
-            compare_pairs(hr, lr, centroids),
-            compare_pairs(hr, head.transfer(lr), centroids),
+            compare_pairs(hr, before, clustering.centroids),
+            compare_pairs(hr, after, clustering.centroids),
             hr_cosine,
-            len(test),
+            len(hr),
         )
-        for lr in views
+        for before, after in zip(lr, through[:-1], strict=True)
     ]
 
 
-def _put(model: nn.Module, place: Place, head: FeatureTransferHead) -> None:
-    """Attaches the trained head, or gives what it learned to the one that is attached."""
+def _put(model: nn.Module, place: Place, module: TransferModule) -> None:
+    """Attaches what was trained, or gives what it learned to what is attached."""
     attached = attached_at(model, place)
-    if isinstance(attached, FeatureTransferHead):
-        attached.centroids = torch.empty_like(head.centroids).to(attached.centroids)
-        attached.load_state_dict(head.state_dict())
-        attached.card = head.card
-    else:
-        install(model, place, head)
+    if attached is None:
+        install(model, place, module)
+        return
+    if isinstance(attached, FeatureTransferHead) and isinstance(module, FeatureTransferHead):
+        attached.centroids = torch.empty_like(module.centroids).to(attached.centroids)
+    attached.load_state_dict(module.state_dict())
+    attached.card = module.card
 
 
 def _warn_if_useless(fitted: TransferFit) -> None:

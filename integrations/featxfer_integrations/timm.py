@@ -109,6 +109,14 @@ def stage_module(model: Any, stage: int) -> str:
     return str(entries[stage]["module"])
 
 
+def deep_module(model: Any) -> str | None:
+    """The last entry of `feature_info` with a reduction of 16, if it names its module."""
+    info = getattr(model, "feature_info", None) or []
+    entries = getattr(info, "info", info)
+    names = [e.get("module") for e in entries if e.get("reduction") == 16]
+    return str(names[-1]) if names and names[-1] else None
+
+
 def _classifiers(model: Any) -> dict[str, nn.Module]:
     """The classifiers by name; none of a headless model."""
     names = {module: name for name, module in model.named_modules()}

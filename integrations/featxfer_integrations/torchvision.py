@@ -91,7 +91,7 @@ def pooled_place(model: nn.Module) -> Place:
 
 def stage_module(model: nn.Module, stage: int) -> str:
     """The last layer of each resolution of the feature maps, from the highest one."""
-    layers = _layers_by_resolution(model)
+    layers = list(_layers_by_resolution(model).values())
     if stage >= len(layers):
         names = ", ".join(f"stage{index} = {name}" for index, name in enumerate(layers))
         raise AttachError(
@@ -100,7 +100,12 @@ def stage_module(model: nn.Module, stage: int) -> str:
     return layers[stage]
 
 
-def _layers_by_resolution(model: nn.Module) -> list[str]:
+def deep_module(model: nn.Module) -> str | None:
+    """The last layer that gives maps of 1/16 of the image, if there is one."""
+    return _layers_by_resolution(model).get(16)
+
+
+def _layers_by_resolution(model: nn.Module) -> dict[int, str]:
     """Names of the last layers that give maps of 1/2, 1/4, ... of the image; from one run.
 
     Layers are the model's children, and the children of lists of layers among them.
@@ -123,7 +128,7 @@ def _layers_by_resolution(model: nn.Module) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return [name for _, name in sorted(last.items())]
+    return dict(sorted(last.items()))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from featxfer import Degradation, FeatureTransferBlock, FeatureTransferHead, Recipe
+from featxfer.images import flipped, open_images
+from featxfer_integrations import (
+    AttachError,
+    TransferFit,
+    attach_transfer,
+    backbone_of,
+    detach_transfer,
+    fit_transfer,
+    transfer_disabled,
+    transfers_of,
+)
+from featxfer_integrations._attach import is_attached
+from featxfer_integrations.deep import _Views, extract_maps
+
+LR = Degradation(hr_size=32, lr_size=8)
+QUICK = Recipe(epochs=20, learning_rate=1e-3, optimizer="adamw", schedule="one-cycle")
+BLOCKS = dataclasses.replace(QUICK, epochs=6, batch_size=16, learning_rate=2e-3)
+
+
+def fit(model: nn.Module, images: Any, cache: Path, **options: Any) -> TransferFit:
+    arguments = {
+        "degradation": LR,
+        "recipe": QUICK,
+        "block_recipe": BLOCKS,
+        "cache": cache,
+        "at": "layer1",
+        "depth": "deep",
+        "precision": "fp32",
+        "held_out": 0.25,
+        **options,
+    }
+    return fit_transfer(model, images, **arguments)
+
+
+def test_blocks_and_a_head_are_attached_and_help(
+    model: nn.Module, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    plain = model(images)
+    fitted = fit(model, drawings, tmp_path)
+    assert fitted.depth == "deep"
+    assert "training blocks takes about" in capsys.readouterr().err
+    assert set(transfers_of(model)) == {"layer1", "pooled"}
+    assert len(fitted.blocks_log) == 6
+    assert fitted.blocks_log[-1].loss < fitted.blocks_log[0].loss
+    assert all(entry.held_out_loss is not None for entry in fitted.blocks_log)
+    (pairs,) = fitted.held_out
+    assert pairs.pairs == 15
+    assert pairs.after.cosine > pairs.before.cosine
+    assert not torch.equal(model(images), plain)
+    with transfer_disabled(model):
+        assert torch.equal(model(images), plain)
+    detach_transfer(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_model_gives_the_features_that_were_reported(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    """The held-out cosine again, from pixels through the attached model."""
+    (pairs,) = fit(model, drawings, tmp_path).held_out
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    opened = open_images(drawings)
+    chosen = [opened.read(index) for index in order[45:].sort().values.tolist()]
+    preprocessing = backbone_of(model).preprocessing
+
+    def features(view: Any) -> torch.Tensor:
+        images = preprocessing(torch.stack([view(image) for image in chosen]))
+        result: torch.Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+        return result
+
+    with torch.no_grad():
+        after = features(LR.lr)
+        with transfer_disabled(model):
+            hr = features(LR.hr)
+    cosine = float(torch.cosine_similarity(after, hr).mean())
+    assert cosine == pytest.approx(pairs.after.cosine, abs=1e-4)
+
+
+def test_cards_say_where_blocks_go_and_fit_again(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(model)
+    fit(model, drawings, tmp_path)
+    block, head = transfers_of(model)["layer1"], transfers_of(model)["pooled"]
+    assert block.card is not None
+    assert head.card is not None
+    assert block.card.details["at"] == "layer1"
+    assert head.card.details["after"] == ["layer1"]
+    for name, module in (("block", block), ("head", head)):
+        module.save_pretrained(tmp_path / name)
+    attach_transfer(other, head=tmp_path / "block", at="layer1")
+    attach_transfer(other, head=tmp_path / "head")
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(other(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_one_seed_gives_one_result_and_interrupted_training_goes_on(
+    model: nn.Module, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [copy.deepcopy(model) for _ in range(2)]
+    fit(models[0], drawings, tmp_path / "one")
+    import featxfer.trainer as trainer
+
+    epochs = trainer.PseudoLabelTrainer._epoch
+
+    def interrupted(self: Any, progress: Any, *args: Any) -> None:
+        if len(progress.log) == 3 and self.recipe.epochs == 6:
+            raise KeyboardInterrupt
+        epochs(self, progress, *args)
+
+    monkeypatch.setattr(trainer.PseudoLabelTrainer, "_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(models[1], drawings, tmp_path / "two")
+    assert not is_attached(models[1])
+    seen: list[int] = []
+
+    def counted(self: Any, progress: Any, *args: Any) -> None:
+        if self.recipe.epochs == 6:
+            seen.append(len(progress.log))
+        epochs(self, progress, *args)
+
+    monkeypatch.setattr(trainer.PseudoLabelTrainer, "_epoch", counted)
+    fit(models[1], drawings, tmp_path / "two")
+    assert seen == [3, 4, 5]
+    for first, second in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(first, second)
+    assert not list((tmp_path / "two" / "training").glob("*"))
+
+
+def test_several_places_and_what_is_attached_is_trained_anew(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    block = FeatureTransferBlock(32, 24, units=1, kernel_size=3)
+    attach_transfer(model, block, at="layer1")
+    attach_transfer(model, hidden_features=48)
+    head = transfers_of(model)["pooled"]
+    fitted = fit(model, drawings, tmp_path, at=["layer1", "layer2"])
+    assert transfers_of(model)["layer1"] is block
+    assert transfers_of(model)["pooled"] is head
+    assert isinstance(head, FeatureTransferHead)
+    assert head.fc1.out_features == 48
+    assert set(transfers_of(model)) == {"layer1", "layer2", "pooled"}
+    assert block.units[0].project.weight.abs().sum() > 0
+    assert fitted.held_out[0].after.cosine > fitted.held_out[0].before.cosine
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help")
+def test_auto_goes_deep_where_there_is_time(
+    drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet").eval()
+    view = Degradation(hr_size=64, lr_size=16)
+    short = dataclasses.replace(BLOCKS, epochs=1)
+    options = {"at": None, "degradation": view, "block_recipe": short, "depth": "auto"}
+    assert fit(copy.deepcopy(model), drawings, tmp_path, **options).depth == "deep"
+    capsys.readouterr()
+    fitted = fit(model, drawings, tmp_path, minutes=1e-9, **options)
+    assert fitted.depth == "pooled"
+    assert "a head alone: blocks would train for about" in capsys.readouterr().err
+    assert set(transfers_of(model)) == {"pooled"}
+
+
+def test_views_are_every_image_in_each_lr_view_and_a_share_in_hr(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    from featxfer_integrations.attach import find_place
+    from featxfer_integrations.deep import MapAt
+    from featxfer_integrations.fit import host_backbone
+
+    place = find_place(model, at="layer1")
+    backbone = dataclasses.replace(
+        host_backbone(model, find_place(model)), module=MapAt(model, place)
+    )
+    views = [LR, Degradation(hr_size=32, lr_size=16)]
+    maps = extract_maps(backbone, open_images(drawings), views, tmp_path, (32, 8, 8))
+    targets = [torch.arange(60.0)[:, None], -torch.arange(60.0)[:, None]]
+    train = torch.arange(10, 50)
+    rows = _Views(maps, targets, train, 0.5, flip=True)
+    order = rows.order(torch.Generator().manual_seed(0))
+    assert len(order) == 40 + 40 + 20
+    kinds, images = order // 60, order % 60
+    for view, count in ((0, 40), (1, 40), (2, 20)):
+        mine = images[kinds // 2 == view]
+        assert len(mine) == count == len(mine.unique())
+        assert set(mine.tolist()) <= set(train.tolist())
+    assert 30 < int((kinds % 2).sum()) < 70
+    inputs, wanted = rows.take(order)
+    sign = torch.where(kinds % 2 == 0, 1.0, -1.0)
+    assert torch.equal(wanted[:, 0], images * sign)
+    for row in range(0, 100, 7):
+        pixels = open_images(drawings).read(int(images[row]))
+        pixels = pixels.flip(-1) if kinds[row] % 2 else pixels
+        made = [views[0].lr, views[1].lr, LR.hr][kinds[row] // 2](pixels)
+        with torch.no_grad():
+            expected = backbone.module(backbone.preprocessing(made[None]))
+        torch.testing.assert_close(inputs[row].flatten(), expected[0], rtol=1e-3, atol=1e-3)
+
+
+def test_flipped_images_are_mirrored_and_have_another_fingerprint(drawings: Path) -> None:
+    images = open_images(drawings)
+    mirrored = flipped(images)
+    assert torch.equal(mirrored.read(3), images.read(3).flip(-1))
+    assert mirrored.ids == images.ids
+    assert mirrored.fingerprint != images.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"depth": "shallow"}, ValueError, "depth: got 'shallow', wanted one of"),
+        ({"depth": "pooled"}, ValueError, "at: got 'layer1' with depth='pooled'"),
+        ({"minutes": 0}, ValueError, "minutes: got 0, wanted > 0"),
+        ({"precision": "fp16"}, ValueError, "precision: got 'fp16'"),
+        ({"at": "nowhere"}, AttachError, "no module 'nowhere'"),
+        ({"at": "fc"}, AttachError, r"at: fc gives \(1, 7\), wanted maps"),
+        ({"held_out": 1.0}, ValueError, "held_out: got 1.0"),
+    ],
+)
+def test_bad_options_leave_the_model_as_it_was(
+    model: nn.Module,
+    drawings: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        fit(model, drawings, tmp_path, **options)
+    assert not is_attached(model)
+
+
+def test_heads_of_clusters_and_models_without_maps_stay_pooled(
+    drawings: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    view = Degradation(hr_size=160, lr_size=32)
+    with pytest.raises(AttachError, match=r"at: .*wanted maps|names no stage"):
+        fit(model, drawings, tmp_path, at=None, degradation=view)
+    assert not is_attached(model)

@@ -8,7 +8,15 @@ from featxfer.features import Features, extract_features, scale_features
 from featxfer.head import FeatureTransferHead
 from featxfer.images import ImageError, Images, open_images
 from featxfer.metrics import average_precision, confidence_interval, gap_recovered
-from featxfer.objectives import LabelCrossEntropy, Objective, PrototypeDistillation
+from featxfer.objectives import (
+    OBJECTIVES,
+    InstanceContrast,
+    LabelCrossEntropy,
+    Objective,
+    PairedRegression,
+    PrototypeDistillation,
+    make_objective,
+)
 from featxfer.pairs import PairAgreement, compare_pairs
 from featxfer.pseudo_labels import (
     Clustering,
@@ -31,7 +39,9 @@ from featxfer.trainer import (
     Recipe,
     fit_features_head,
     fit_head,
+    warm_start_head,
 )
+from featxfer.unpaired import UNPAIRED, unpaired_targets
 from featxfer.voc import DevkitError, VOCDevkit
 
 __version__ = "0.1.0"
@@ -39,7 +49,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BLOCK_RECIPE",
     "FEATURES_RECIPE",
+    "OBJECTIVES",
     "PROTOCOLS",
+    "UNPAIRED",
     "ArtifactError",
     "Backbone",
     "Card",
@@ -55,11 +67,13 @@ __all__ = [
     "Features",
     "ImageError",
     "Images",
+    "InstanceContrast",
     "LabelCrossEntropy",
     "LabelDiagnostics",
     "LinearSVMs",
     "Objective",
     "PairAgreement",
+    "PairedRegression",
     "Preprocessing",
     "Protocol",
     "PrototypeDistillation",
@@ -80,9 +94,12 @@ __all__ = [
     "gap_recovered",
     "kmeans",
     "load_head",
+    "make_objective",
     "open_images",
     "pseudo_labels",
     "save_head",
     "scale_features",
     "train_svms",
+    "unpaired_targets",
+    "warm_start_head",
 ]

@@ -110,8 +110,9 @@ def fill_stores(
     part_rows: int = 256,
     precision: str = "fp32",
     on_error: str = "raise",
+    views: Sequence[str] = ("hr", "lr"),
 ) -> dict[str, FeatureStore]:
-    """The finished stores of view "hr" and "lr"; arguments and errors as `extract_features`.
+    """The finished stores of these views; other arguments and errors as `extract_features`.
 
     Rows are kept in the precision of the arithmetic: float32, or bfloat16.
     """
@@ -130,7 +131,7 @@ def fill_stores(
         view: FeatureStore(
             cache, dataclasses.replace(manifest, view=degradation.describe_view(view))
         )
-        for view in ("hr", "lr")
+        for view in views
     }
     for store in stores.values():
         _forget_readable(store, images)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from featxfer._checks import ArrayLike, as_features, check_choice, check_integer, check_paired
 from featxfer._files import write_atomic
 from featxfer.head import FeatureTransferHead
-from featxfer.objectives import LabelCrossEntropy, Objective, PrototypeDistillation
+from featxfer.objectives import LabelCrossEntropy, Objective, make_objective
 from featxfer.pseudo_labels import Clustering, pseudo_labels
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -481,8 +481,11 @@ def fit_features_head(
     head: FeatureTransferHead,
     hr: ArrayLike,
     lr: Sequence[ArrayLike],
-    clustering: Clustering,
+    clustering: Clustering | Sequence[Clustering],
     *,
+    targets: Sequence[ArrayLike] | None = None,
+    objective: str = "prototypes",
+    warm_start: bool = False,
     recipe: Recipe | None = None,
     seed: int = 0,
     callback: Callable[[EpochLog], object] | None = None,
@@ -493,31 +496,95 @@ def fit_features_head(
     out as they went in. Leaves the input's statistics and the centroids in the head.
 
     Args:
-        head: output "features", as many clusters as the clustering.
+        head: output "features", as many clusters as the (first) clustering.
         hr: HR features `(n, d)`, as they come.
         lr: LR features `(n, d)` of the same images, one array a degradation, at least one.
-        clustering: of the HR features or of their directions.
+        clustering: of the HR features or of their directions; of several all are prototypes, and
+            the head keeps the first one's centroids.
+        targets: of LR features that have no HR image, an array for each of `lr` and of its length
+            (`featxfer.unpaired`); by default the paired HR features.
+        objective: a name of `featxfer.objectives.OBJECTIVES`.
+        warm_start: whether the head begins with what ridge regression finds (`warm_start_head`).
         recipe: see `Recipe`; by default `FEATURES_RECIPE`.
         seed: of the order of the rows and of dropout.
         callback: see `PseudoLabelTrainer.fit`.
 
     Raises:
-        ValueError: other shapes, NaN or infinity, HR features without variance.
+        ValueError: other shapes, NaN or infinity, HR features without variance, an unknown
+            objective.
         DivergenceError: as `PseudoLabelTrainer.fit`.
     """
     check_choice("head's output", head.output, ("features",))
-    target = as_features("hr", hr, width=head.in_features)
-    views = [as_features(f"lr[{index}]", rows) for index, rows in enumerate(lr)]
+    wanted = as_features("hr", hr, width=head.in_features)
+    views = [as_features(f"lr[{i}]", rows, width=head.in_features) for i, rows in enumerate(lr)]
     if not views:
         raise ValueError("lr: got none, wanted the LR features of at least one degradation")
-    for view in views:
-        check_paired(target, view)
-    variance = float((target - target.mean(0)).square().sum(1).mean())
+    goals = [wanted] * len(views)
+    if targets is not None:
+        goals = [as_features(f"targets[{i}]", rows) for i, rows in enumerate(targets)]
+        if len(goals) != len(views):
+            raise ValueError(f"targets: got {len(goals)} arrays for {len(views)} of lr")
+    for rows, view in zip(goals, views, strict=True):
+        check_paired(rows, view)
+    variance = float((wanted - wanted.mean(0)).square().sum(1).mean())
     if variance == 0:
-        raise ValueError(f"hr: got {len(target)} equal rows, wanted features that vary")
-    objective = PrototypeDistillation(clustering.centroids, variance)
-    inputs = torch.cat([*views, target])
+        raise ValueError(f"hr: got {len(wanted)} equal rows, wanted features that vary")
+    several = [clustering] if isinstance(clustering, Clustering) else list(clustering)
+    goal = make_objective(objective, [part.centroids for part in several], variance)
+    inputs, outputs = torch.cat([*views, wanted]), torch.cat([*goals, wanted])
     head.set_input_statistics(inputs)
-    head.set_centroids(clustering.centroids)
-    trainer = PseudoLabelTrainer(head, recipe or FEATURES_RECIPE, objective=objective, seed=seed)
-    return trainer.fit(inputs, target.repeat(len(views) + 1, 1), callback=callback)
+    head.set_centroids(several[0].centroids)
+    if warm_start:
+        warm_start_head(head, inputs, outputs)
+    trainer = PseudoLabelTrainer(head, recipe or FEATURES_RECIPE, objective=goal, seed=seed)
+    return trainer.fit(inputs, outputs, callback=callback)
+
+
+@torch.no_grad()
+def warm_start_head(head: FeatureTransferHead, inputs: ArrayLike, targets: ArrayLike) -> float:
+    """Sets a head to reduced-rank ridge regression from inputs to targets; returns the penalty.
+
+    `inputs - targets` is regressed on the inputs in closed form, the penalty chosen by generalised
+    cross-validation (Golub, Heath and Wahba 1979), and the fit cut to half as many directions as
+    the head has hidden units (Izenman 1975): `relu(u) - relu(-u) = u`, so two units carry one. Of
+    an odd number one unit stays idle. Exact without dropout; training goes on from there.
+
+    Args:
+        head: output "features", activation "relu", its input statistics set.
+        inputs: `(n, d)`.
+        targets: `(n, d)`.
+
+    Raises:
+        ValueError: another output or activation, other shapes, NaN or infinity.
+    """
+    check_choice("head's output", head.output, ("features",))
+    check_choice("head's activation", head.activation, ("relu",))
+    rows = as_features("inputs", inputs, width=head.in_features)
+    wanted = as_features("targets", targets, width=head.in_features)
+    check_paired(rows, wanted)
+    mean, std = head.input_mean.cpu().double(), head.input_std.cpu().double()
+    z, change = (rows.double() - mean) / std, (rows - wanted).double()
+    centre, offset = z.mean(0), change.mean(0)
+    left, scale, right = torch.linalg.svd(z - centre, full_matrices=False)
+    projected, total = left.T @ (change - offset), (change - offset).square().sum()
+    best, penalty = math.inf, 1.0
+    for candidate in torch.logspace(-2, 5, 29, dtype=torch.float64) * len(z) / 100:
+        shrink = scale.square() / (scale.square() + candidate)
+        residual = total - ((2 * shrink - shrink.square())[:, None] * projected.square()).sum()
+        score = float(residual / (len(z) - shrink.sum()).square())
+        if score < best:
+            best, penalty = score, float(candidate)
+    coefficients = right.T @ ((scale / (scale.square() + penalty))[:, None] * projected)
+    rank = min(head.fc1.out_features // 2, *coefficients.shape)
+    fitted = (scale[:, None] * right) @ coefficients
+    directions = torch.linalg.svd(fitted, full_matrices=False)[2][:rank]
+    inner = directions @ coefficients.T
+    for layer in (head.fc1, head.fc2):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    for sign, part in ((1, slice(0, rank)), (-1, slice(rank, 2 * rank))):
+        head.fc1.weight[part] = (sign * inner).to(head.fc1.weight)
+        head.fc1.bias[part] = (-sign * inner @ centre).to(head.fc1.bias)
+        head.fc2.weight[:, part] = (sign * directions.T).to(head.fc2.weight)
+    head.fc2.bias.copy_(offset)
+    return penalty

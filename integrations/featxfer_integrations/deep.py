@@ -19,15 +19,14 @@ from featxfer import (
     EpochLog,
     FeatureTransferBlock,
     Preprocessing,
-    PrototypeDistillation,
     PseudoLabelTrainer,
     Recipe,
     kmeans,
+    make_objective,
 )
 from featxfer.backbone import Backbone
 from featxfer.features import fill_stores
 from featxfer.images import Images, flipped
-from featxfer.objectives import Objective
 from featxfer.pseudo_labels import Clustering
 from featxfer.store import FeatureStore, StoredRows
 from featxfer_integrations._attach import Place, host_parameter, take_feature
@@ -161,7 +160,7 @@ class DeepFit:
     Args:
         blocks: by the module that they follow.
         log: an entry an epoch.
-        clustering: of the directions of HR features.
+        clusterings: of the directions of HR features.
         hr: features of HR views as the model has them: as is, and flipped.
         lr: of LR views without blocks, as is, a degradation each.
         hr_through: of HR views through the blocks: as is, and flipped.
@@ -171,7 +170,7 @@ class DeepFit:
 
     blocks: dict[str, FeatureTransferBlock]
     log: list[EpochLog]
-    clustering: Clustering
+    clusterings: list[Clustering]
     hr: tuple[Tensor, Tensor]
     lr: list[Tensor]
     hr_through: tuple[Tensor, Tensor]
@@ -191,11 +190,11 @@ def train_blocks(
     train: Tensor,
     test: Tensor,
     *,
-    clusters: int,
+    clusters: Sequence[int],
+    objective: str = "prototypes",
     seed: int,
     recipe: Recipe | None = None,
     minutes: float | None = None,
-    objective: Callable[[Clustering, float], Objective] | None = None,
     hr_share: float = HR_SHARE,
     checkpoint: Callable[[str], Path] | None = None,
     tell: Callable[[float], object] | None = None,
@@ -210,12 +209,11 @@ def train_blocks(
         maps: at the first place.
         train: indices of the images to train on.
         test: indices of the images held out: the blocks of the best epoch on them are kept.
-        clusters: k.
+        clusters: k, of one clustering or several.
+        objective: a name of `featxfer.OBJECTIVES`.
         seed: of the clusters and of the order of rows.
         recipe: by default `BLOCK_RECIPE`.
         minutes: the longest that training may take, by what one step takes; None: any time.
-        objective: from a clustering and the variance of HR features; by default
-            `PrototypeDistillation`.
         hr_share: of the images, the share that each epoch sees as HR images too.
         checkpoint: from a key of all that training hangs on to a file; none: cannot be resumed.
         tell: called with the estimate in seconds before training.
@@ -229,13 +227,10 @@ def train_blocks(
     recipe = recipe or BLOCK_RECIPE
     hr = (_features(rest, maps, maps.hr[0]), _features(rest, maps, maps.hr[1]))
     lr = [_features(rest, maps, rows[0]) for rows in maps.lr]
-    clustering = kmeans(F.normalize(hr[0][train], dim=1), clusters, seed=seed)
+    directions = F.normalize(hr[0][train], dim=1)
+    clusterings = [kmeans(directions, k, seed=seed) for k in clusters]
     variance = float((hr[0][train] - hr[0][train].mean(0)).square().sum(1).mean())
-    goal = (
-        objective(clustering, variance)
-        if objective
-        else PrototypeDistillation(clustering.centroids, variance)
-    )
+    goal = make_objective(objective, [part.centroids for part in clusterings], variance)
     for plan in plans:
         block = blocks[plan.module]
         block.set_input_statistics(_probe(rest, plan, maps, train))
@@ -254,7 +249,13 @@ def train_blocks(
     path = None
     if checkpoint is not None:
         path = checkpoint(
-            _key([hr[0], *lr, train], [b.config for b in blocks.values()], recipe, seed, hr_share)
+            _key(
+                [hr[0], *lr, train, *(part.centroids for part in clusterings)],
+                [objective, *(block.config for block in blocks.values())],
+                recipe,
+                seed,
+                hr_share,
+            )
         )
     log = trainer.fit_rows(rows, held_out=judged, checkpoint=path, callback=callback)
     took = time.perf_counter() - start
@@ -266,7 +267,7 @@ def train_blocks(
     if path is not None:
         path.unlink(missing_ok=True)
     return DeepFit(
-        dict(blocks), log, clustering, hr, lr, through[-1], through[:-1], (expected, took)
+        dict(blocks), log, clusterings, hr, lr, through[-1], through[:-1], (expected, took)
     )
 
 

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from featxfer import (
     BLOCK_RECIPE,
     FEATURES_RECIPE,
+    OBJECTIVES,
+    UNPAIRED,
     Backbone,
     Card,
     Degradation,
@@ -36,9 +38,10 @@ from featxfer import (
     fit_head,
     kmeans,
     open_images,
+    unpaired_targets,
 )
 from featxfer._checks import check_choice
-from featxfer.features import default_cache, software_versions
+from featxfer.features import default_cache, fill_stores, software_versions
 from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
 from featxfer.pairs import PairAgreement, compare_pairs
@@ -127,7 +130,11 @@ def fit_transfer(
     depth: str = "auto",
     where: str | None = None,
     at: str | Sequence[str] | None = None,
-    clusters: int | None = None,
+    clusters: int | Sequence[int] | None = None,
+    objective: str = "prototypes",
+    warm_start: bool = False,
+    lr_images: ImageSource | None = None,
+    unpaired: str = "transport",
     recipe: Recipe | None = None,
     block_recipe: Recipe | None = None,
     minutes: float = 30.0,
@@ -169,7 +176,14 @@ def fit_transfer(
             last; by default after the last stage of 1/16 of the image's size, as far as timm or
             torchvision tell it.
         clusters: k; by default 100, or a tenth of the images where these are fewer than 1,000; an
-            attached head with output "clusters" keeps its own.
+            attached head with output "clusters" keeps its own. Several: as many clusterings, all
+            of which teach; the head keeps the first one's centroids.
+        objective: a name of `featxfer.OBJECTIVES`, for heads with output "features" and blocks.
+        warm_start: whether the head begins with what ridge regression finds.
+        lr_images: real LR images, of which no HR image is at hand, in the place of a degradation:
+            they need not show what `images` show. They are resized to the model's size and the
+            head is trained towards targets that are made without pairs; depth "pooled" alone.
+        unpaired: how: a name of `featxfer.UNPAIRED`. Used with `lr_images`.
         recipe: by default `FEATURES_RECIPE`, or the paper's `Recipe()` for output "clusters".
         block_recipe: by default `BLOCK_RECIPE`.
         minutes: of depth "auto": the longest that blocks may train.
@@ -197,7 +211,9 @@ def fit_transfer(
     place = _place(model, where)
     views = [degradation] if isinstance(degradation, Degradation) else list(degradation)
     _check_settings(views, held_out, minutes)
-    plans = _plans(model, place, depth, where, at)
+    names = (objective, unpaired, None if lr_images is None else depth)
+    _check_objective(*names, attached_at(model, place))
+    plans = [] if lr_images is not None else _plans(model, place, depth, where, at)
     opened = open_images(images)
     task = _Task(
         model,
@@ -205,7 +221,10 @@ def fit_transfer(
         host_backbone(model, place, preprocessing),
         opened,
         views,
-        clusters,
+        (clusters,) if isinstance(clusters, int | None) else tuple(clusters),
+        objective,
+        warm_start,
+        None if lr_images is None else (open_images(lr_images), unpaired),
         held_out,
         seed,
         Path(cache or default_cache()),
@@ -237,7 +256,10 @@ class _Task:
     backbone: Backbone
     images: Images
     views: Sequence[Degradation]
-    clusters: int | None
+    clusters: tuple[int | None, ...]
+    objective: str
+    warm_start: bool
+    lr_images: tuple[Images, str] | None
     held_out: float
     seed: int
     cache: Path
@@ -252,22 +274,23 @@ class _Task:
         device = torch.device("cpu") if like is None else like.device
         return "bf16" if deep and bf16_is_fast(device) else "fp32"
 
-    def k(self, images: int) -> int:
-        """The number of clusters for so many images."""
-        return self.clusters or min(100, max(1, images // 10))
+    def ks(self, images: int) -> tuple[int, ...]:
+        """The numbers of clusters for so many images."""
+        return tuple(k or min(100, max(1, images // 10)) for k in self.clusters)
 
     def card(self, fit: TransferFit, log: Sequence[EpochLog], **details: Any) -> Card:
         """The card of a module."""
         return Card(
             self.backbone.name,
             str(details.pop("sha256")),
-            tuple(self.views),
+            tuple(self.views) if self.lr_images is None else (),
             {
                 "host": self.backbone.host,
                 "preprocessing": dataclasses.asdict(self.backbone.preprocessing),
                 "depth": fit.depth,
                 "images": fit.images,
                 "images_fingerprint": self.images.fingerprint,
+                "objective": self.objective,
                 "seed": self.seed,
                 "diagnostics": [part.summary() for part in fit.diagnostics],
                 "held_out": [
@@ -291,6 +314,8 @@ class _Trained:
 
 def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
     """A head alone, on features after pool5."""
+    if task.lr_images is not None:
+        return _fit_unpaired(task, recipe, *task.lr_images)
     precision = task.arithmetic(deep=False)
     features = [
         extract_features(
@@ -307,7 +332,9 @@ def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
     train, test = _split(len(hr), task.held_out, task.seed)
     head = _new_head(task, hr.shape[1], len(train))
     recipe = recipe or (FEATURES_RECIPE if head.output == "features" else Recipe())
-    log, clustering = _train(head, hr[train], [rows[train] for rows in lr], recipe, task.seed)
+    clusterings = _clusterings(task, head, hr[train])
+    log = _train(task, head, hr[train], [rows[train] for rows in lr], recipe, clusterings)
+    clustering = clusterings[0]
     through = [] if head.output == "clusters" else [head.transfer(rows[test]) for rows in (*lr, hr)]
     fit = TransferFit(
         log,
@@ -361,7 +388,8 @@ def _fit_deep(
             maps,
             train,
             test,
-            clusters=task.k(len(train)),
+            clusters=task.ks(len(train)),
+            objective=task.objective,
             seed=task.seed,
             recipe=block_recipe,
             minutes=minutes,
@@ -377,13 +405,13 @@ def _fit_deep(
     given = [
         torch.cat([rows[train] for rows in pair]) for pair in (*deep.lr_through, deep.hr_through)
     ]
-    log, _ = _train(head, wanted, given, recipe, task.seed, deep.clustering)
+    log = _train(task, head, wanted, given, recipe, deep.clusterings)
     through = [head.transfer(pair[0][test]) for pair in (*deep.lr_through, deep.hr_through)]
     hr = deep.hr[0]
     fit = TransferFit(
         log,
-        [diagnose(hr[train], rows[train], deep.clustering.centroids) for rows in deep.lr],
-        _reports(hr[test], [rows[test] for rows in deep.lr], through, deep.clustering),
+        [diagnose(hr[train], rows[train], deep.clusterings[0].centroids) for rows in deep.lr],
+        _reports(hr[test], [rows[test] for rows in deep.lr], through, deep.clusterings[0]),
         len(train),
         dict(maps.hr[0].skipped),
         "deep",
@@ -408,6 +436,52 @@ def _fit_deep(
         )
     places = [(blocks[plan.module], plan.place) for plan in plans]
     return _Trained(fit, [*places, (head, task.place)])
+
+
+def _fit_unpaired(task: _Task, recipe: Recipe | None, lr_images: Images, unpaired: str) -> _Trained:
+    """A head alone, on the features of LR images that have no HR image."""
+    precision, view = task.arithmetic(deep=False), task.views[0]
+    rows = [
+        fill_stores(
+            task.backbone,
+            images,
+            view,
+            task.cache / "features",
+            precision=precision,
+            views=["hr"],
+            **task.options,
+        )["hr"].read()
+        for images in (task.images, lr_images)
+    ]
+    hr, lr = (part.features.float() for part in rows)
+    head = _new_head(task, hr.shape[1], len(hr))
+    recipe = recipe or FEATURES_RECIPE
+    clusterings = _clusterings(task, head, hr)
+    targets = unpaired_targets(unpaired, hr, lr, clusterings[0])
+    with _epochs(recipe, "training the head") as (_, advance):
+        log = fit_features_head(
+            head,
+            hr,
+            [lr],
+            clusterings,
+            targets=[targets],
+            objective=task.objective,
+            warm_start=task.warm_start,
+            recipe=recipe,
+            seed=task.seed,
+            callback=advance,
+        )
+    fit = TransferFit(log, [], [], len(lr), {**rows[0].skipped, **rows[1].skipped})
+    head.card = task.card(
+        fit,
+        log,
+        sha256=task.backbone.weights_sha256,
+        recipe=recipe.to_dict(),
+        precision=precision,
+        unpaired=unpaired,
+        lr_images_fingerprint=lr_images.fingerprint,
+    )
+    return _Trained(fit, [(head, task.place)])
 
 
 def tell(message: str, bar: Any = None) -> None:
@@ -546,6 +620,18 @@ def _check_settings(views: Sequence[Degradation], held_out: float, minutes: floa
         raise ValueError(f"minutes: got {minutes!r}, wanted > 0")
 
 
+def _check_objective(
+    objective: str, unpaired: str, depth: str | None, attached: TransferModule | None
+) -> None:
+    """`depth` is None where images are paired."""
+    check_choice("objective", objective, OBJECTIVES)
+    check_choice("unpaired", unpaired, UNPAIRED)
+    if depth == "deep":
+        raise ValueError("lr_images: got some with depth='deep', which needs pairs")
+    if attached is not None and gives_clusters(attached) and depth is not None:
+        raise AttachError('lr_images: a head with output "clusters" is attached, wanted "features"')
+
+
 def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the images to train on and of those held out, both in order."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -557,11 +643,12 @@ def _new_head(task: _Task, width: int, images: int) -> FeatureTransferHead:
     """An untrained head in the sizes of the one that is attached, if one is."""
     attached = attached_at(task.model, task.place)
     config = {} if attached is None else attached.config
-    k = task.k(images)
+    k = task.ks(images)[0]
     if config.get("output") == "clusters":
         k = config["clusters"]
-        if task.clusters not in (None, k):
-            raise ValueError(f"clusters: got {task.clusters}, the attached head gives {k} logits")
+        if task.clusters not in ((None,), (k,)):
+            got = ", ".join(map(str, task.clusters))
+            raise ValueError(f"clusters: got {got}, the attached head gives {k} logits")
     return FeatureTransferHead(**{**config, "in_features": width, "clusters": k}, seed=task.seed)
 
 
@@ -575,29 +662,40 @@ def _new_block(model: nn.Module, plan: BlockPlan, seed: int) -> FeatureTransferB
     return block if like is None else block.to(like.device)
 
 
+def _clusterings(task: _Task, head: FeatureTransferHead, hr: Tensor) -> list[Clustering]:
+    """Of HR features as the paper's head has them, or of their directions."""
+    if head.output == "clusters":
+        return [kmeans(hr, len(head.centroids), seed=task.seed)]
+    directions = F.normalize(hr, dim=1)
+    return [kmeans(directions, k, seed=task.seed) for k in task.ks(len(hr))]
+
+
 def _train(
+    task: _Task,
     head: FeatureTransferHead,
     hr: Tensor,
     lr: Sequence[Tensor],
     recipe: Recipe,
-    seed: int,
-    clustering: Clustering | None = None,
-) -> tuple[list[EpochLog], Clustering]:
-    k = len(head.centroids)
+    clusterings: Sequence[Clustering],
+) -> list[EpochLog]:
     with _epochs(recipe, "training the head") as (_, advance):
         if head.output == "features":
-            clustering = clustering or kmeans(F.normalize(hr, dim=1), k, seed=seed)
-            log = fit_features_head(
-                head, hr, lr, clustering, recipe=recipe, seed=seed, callback=advance
+            return fit_features_head(
+                head,
+                hr,
+                lr,
+                clusterings,
+                objective=task.objective,
+                warm_start=task.warm_start,
+                recipe=recipe,
+                seed=task.seed,
+                callback=advance,
             )
-        else:
-            clustering = kmeans(hr, k, seed=seed)
-            rows, repeated = torch.cat(list(lr)), hr.repeat(len(lr), 1)
-            head.set_input_statistics(rows)
-            log = fit_head(
-                head, repeated, rows, clustering, recipe=recipe, seed=seed, callback=advance
-            )
-    return log, clustering
+        rows, repeated = torch.cat(list(lr)), hr.repeat(len(lr), 1)
+        head.set_input_statistics(rows)
+        return fit_head(
+            head, repeated, rows, clusterings[0], recipe=recipe, seed=task.seed, callback=advance
+        )
 
 
 @contextmanager

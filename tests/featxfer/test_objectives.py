@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from featxfer import LabelCrossEntropy, PrototypeDistillation
+from featxfer import (
+    OBJECTIVES,
+    InstanceContrast,
+    LabelCrossEntropy,
+    PairedRegression,
+    PrototypeDistillation,
+    make_objective,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 HR = torch.randn(9, 4, generator=GENERATOR)
@@ -86,3 +93,69 @@ def test_targets_are_checked_before_training() -> None:
         objective.check(LR[:1], HR / 0, 9)
     with pytest.raises(ValueError, match="labels: got 3, wanted labels below 3"):
         LabelCrossEntropy().check(LR[:1, :3], torch.arange(4), 4)
+
+
+def test_hard_labels_are_cross_entropy_on_the_nearest_centroid() -> None:
+    objective = PrototypeDistillation(
+        CENTROIDS, 1.0, temperature=0.2, cosine_weight=0, distance_weight=0, hard=True
+    )
+    unit, wanted, prototypes = (F.normalize(rows, dim=1) for rows in (LR, HR, CENTROIDS))
+    expected = F.cross_entropy(unit @ prototypes.T / 0.2, (wanted @ prototypes.T).argmax(1))
+    assert float(objective(LR, HR)[0]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_several_clusterings_count_by_their_mean() -> None:
+    others = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+    options = {"cosine_weight": 0.0, "distance_weight": 0.0}
+    alone = [
+        float(PrototypeDistillation(c, 1.0, **options)(LR, HR)[0]) for c in (CENTROIDS, others)
+    ]
+    both, right = PrototypeDistillation([CENTROIDS, others], 1.0, **options)(LR, HR)
+    assert float(both) == pytest.approx(sum(alone) / 2, rel=1e-5)
+    assert int(right) == int(PrototypeDistillation(CENTROIDS, 1.0)(LR, HR)[1])
+
+
+def test_regression_by_hand() -> None:
+    loss, right = PairedRegression(2.0, cosine_weight=3.0, distance_weight=0.5)(LR, HR)
+    cosines = F.cosine_similarity(LR, HR)
+    expected = 3 * (1 - cosines.mean()) + 0.5 * (LR - HR).square().sum(1).mean() / 2
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    nearest = [max(range(9), key=lambda j: float(F.cosine_similarity(x, HR[j], dim=0))) for x in LR]
+    assert int(right) == sum(j == i for i, j in enumerate(nearest))
+
+
+def test_contrast_by_hand() -> None:
+    options = {"cosine_weight": 0.0, "distance_weight": 0.0}
+    loss, _ = InstanceContrast(1.0, temperature=0.3, **options)(LR, HR)
+    total = 0.0
+    for i, x in enumerate(LR):
+        scores = [math.exp(float(F.cosine_similarity(x, h, dim=0)) / 0.3) for h in HR]
+        total -= math.log(scores[i] / sum(scores))
+    assert float(loss) == pytest.approx(total / 9, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_by_name_is_lowest_at_the_target(name: str) -> None:
+    objective = make_objective(name, [CENTROIDS], 1.0)
+    objective.check(LR[:1], HR, 9)
+    moved = LR.clone().requires_grad_()
+    loss, _ = objective(moved, HR)
+    loss.backward()
+    assert moved.grad is not None
+    assert torch.isfinite(moved.grad).all()
+    assert float(objective(HR, HR)[0]) < float(loss.detach())
+    with pytest.raises(ValueError, match="targets: got"):
+        objective.check(LR[:1], HR[:4], 9)
+    with pytest.raises(ValueError, match=r"variance: got 0\.0, wanted > 0"):
+        make_objective(name, [CENTROIDS], 0.0)
+
+
+def test_unknown_objectives_and_clusterings_that_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="objective: got 'mse'"):
+        make_objective("mse", [CENTROIDS], 1.0)
+    with pytest.raises(ValueError, match="centroids: got none"):
+        PrototypeDistillation([], 1.0)
+    with pytest.raises(ValueError, match=r"centroids: got widths \[4, 3\], wanted one"):
+        PrototypeDistillation([CENTROIDS, CENTROIDS[:, :3]], 1.0)
+    with pytest.raises(ValueError, match="temperature: got 0, wanted > 0"):
+        InstanceContrast(1.0, temperature=0)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featxfer import (
+    CheckpointError,
     DivergenceError,
     EpochLog,
     FeatureTransferHead,
     PseudoLabelTrainer,
     Recipe,
     assign,
+    fit_features_head,
+    kmeans,
+    warm_start_head,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -180,3 +186,136 @@ def test_bad_rows_are_named() -> None:
     rows[17, 3] = math.inf
     with pytest.raises(ValueError, match="features: row 17 has NaN or infinity"):
         PseudoLabelTrainer(new_head(), RECIPE).fit(rows, LABELS)
+
+
+HR = torch.randn(200, 10, generator=torch.Generator().manual_seed(5))
+MIX = torch.randn(10, 10, generator=torch.Generator().manual_seed(6))
+LR = HR @ MIX / 3 + torch.randn(200, 10, generator=torch.Generator().manual_seed(7)) / 10 + 1
+
+
+@torch.no_grad()
+def test_a_warm_start_is_ridge_regression() -> None:
+    """Against the closed form with the penalty that it says it took, and a generous rank."""
+    head = FeatureTransferHead(10, 3, 21).eval()
+    head.set_input_statistics(LR)
+    penalty = warm_start_head(head, LR, HR)
+    z = ((LR - head.input_mean) / head.input_std).double()
+    centred, change = z - z.mean(0), (LR - HR).double()
+    weights = torch.linalg.solve(
+        centred.T @ centred + penalty * torch.eye(10).double(),
+        centred.T @ (change - change.mean(0)),
+    )
+    wanted = LR - (centred @ weights + change.mean(0)).float()
+    torch.testing.assert_close(head(LR), wanted, rtol=1e-4, atol=1e-4)
+    assert float((head(LR) - HR).square().mean()) < 0.1 * float((LR - HR).square().mean())
+
+
+@torch.no_grad()
+def test_a_narrow_warm_start_keeps_the_directions_that_matter() -> None:
+    errors = []
+    for hidden in (1, 4, 8, 20):
+        head = FeatureTransferHead(10, 3, hidden).eval()
+        head.set_input_statistics(LR)
+        warm_start_head(head, LR, HR)
+        errors.append(float((head(LR) - HR).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 2 * errors[-1]
+
+
+def test_a_warm_start_wants_a_residual_head_with_relu() -> None:
+    with pytest.raises(ValueError, match="head's output: got 'clusters'"):
+        warm_start_head(new_head(), LR, HR)
+    with pytest.raises(ValueError, match="head's activation: got 'gelu'"):
+        warm_start_head(FeatureTransferHead(10, activation="gelu"), LR, HR)
+
+
+def test_features_heads_take_objectives_targets_and_several_clusterings() -> None:
+    clusterings = [kmeans(HR, k, seed=0) for k in (6, 3)]
+    recipe = Recipe(epochs=30, learning_rate=3e-3, optimizer="adamw", schedule="one-cycle")
+    for options in (
+        {"objective": "regression"},
+        {"objective": "contrast"},
+        {"objective": "labels"},
+        {"warm_start": True},
+        {"targets": [HR]},
+    ):
+        head = FeatureTransferHead(10, 6, 64)
+        fit_features_head(head, HR, [LR], clusterings, recipe=recipe, **options)
+        before, after = (F.cosine_similarity(rows, HR).mean() for rows in (LR, head.transfer(LR)))
+        assert float(after) > float(before) + 0.1, options
+    for options, message in (
+        ({"objective": "mse"}, "objective: got 'mse'"),
+        ({"targets": []}, "targets: got 0 arrays for 1 of lr"),
+        ({"targets": [HR[:9]]}, "9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_features_head(FeatureTransferHead(10, 6, 8), HR, [LR], clusterings, **options)
+
+
+HELD_OUT = (ROWS[200:], LABELS[200:])
+
+
+def test_the_best_epoch_on_held_out_rows_is_kept_and_patience_counts() -> None:
+    """Few rows and a high rate: the held-out loss rises again."""
+    recipe = Recipe(epochs=60, batch_size=16, learning_rate=0.3, weight_decay=0, steps=(0.99,))
+    last, best, early = new_head(), new_head(), new_head()
+    PseudoLabelTrainer(last, recipe).fit(ROWS[:40], LABELS[:40])
+    log = PseudoLabelTrainer(best, recipe).fit(ROWS[:40], LABELS[:40], held_out=HELD_OUT)
+    losses = [entry.held_out_loss for entry in log]
+    assert None not in losses
+    found = [float(F.cross_entropy(head(ROWS[200:]), LABELS[200:])) for head in (best, last)]
+    assert found[0] == pytest.approx(min(losses), rel=1e-5)
+    assert found[0] < found[1]
+    patient = dataclasses.replace(recipe, patience=2)
+    short = PseudoLabelTrainer(early, patient).fit(ROWS[:40], LABELS[:40], held_out=HELD_OUT)
+    assert len(short) < len(log)
+    assert [entry.held_out_loss for entry in short] == losses[: len(short)]
+    assert losses.index(min(losses[: len(short)])) == len(short) - 3
+
+
+class InMemory:
+    """Rows of a trainer, by the protocol."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(300, generator=generator)
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return ROWS[indices], LABELS[indices]
+
+
+def test_training_goes_on_from_a_checkpoint_to_the_same_weights(tmp_path: Path) -> None:
+    def make() -> PseudoLabelTrainer:
+        head = FeatureTransferHead(10, 6, 16, output="clusters", dropout=0.5)
+        recipe = dataclasses.replace(RECIPE, optimizer="adamw", schedule="one-cycle")
+        return PseudoLabelTrainer(head, recipe)
+
+    def stop(log: EpochLog) -> None:
+        if log.epoch == 4:
+            raise KeyboardInterrupt
+
+    whole, resumed, path = make(), make(), tmp_path / "c.safetensors"
+    wanted = whole.fit_rows(InMemory(), held_out=InMemory())
+    with pytest.raises(KeyboardInterrupt):
+        make().fit_rows(InMemory(), held_out=InMemory(), checkpoint=path, callback=stop)
+    log = resumed.fit_rows(InMemory(), held_out=InMemory(), checkpoint=path)
+    assert [entry.loss for entry in log] == [entry.loss for entry in wanted]
+    for first, second in zip(whole.head.parameters(), resumed.head.parameters(), strict=True):
+        assert torch.equal(first, second)
+    again = make()
+    assert again.fit_rows(InMemory(), checkpoint=path) == log
+    with pytest.raises(CheckpointError, match="no checkpoint of this training"):
+        PseudoLabelTrainer(new_head(), RECIPE).fit_rows(InMemory(), checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="delete it to start anew"):
+        make().fit_rows(InMemory(), checkpoint=path)
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    head = new_head()
+    head.fc1.requires_grad_(False)
+    before = head.fc1.weight.clone()
+    PseudoLabelTrainer(head, RECIPE).fit(ROWS, LABELS)
+    assert torch.equal(head.fc1.weight, before)
+    assert not torch.equal(head.fc2.weight, new_head().fc2.weight)
+    with pytest.raises(ValueError, match="head: got no parameter that asks for a gradient"):
+        PseudoLabelTrainer(head.requires_grad_(False), RECIPE)

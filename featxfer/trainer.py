@@ -133,9 +133,9 @@ FEATURES_RECIPE = Recipe(
 """For a head with output "features"."""
 
 BLOCK_RECIPE = Recipe(
-    epochs=36,
+    epochs=24,
     batch_size=64,
-    learning_rate=3e-3,
+    learning_rate=4e-3,
     weight_decay=0.05,
     optimizer="adamw",
     schedule="one-cycle",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -18,7 +19,6 @@ from featxfer import (
     Degradation,
     EpochLog,
     FeatureTransferBlock,
-    Preprocessing,
     PseudoLabelTrainer,
     Recipe,
     kmeans,
@@ -26,7 +26,7 @@ from featxfer import (
 )
 from featxfer.backbone import Backbone
 from featxfer.features import fill_stores
-from featxfer.images import Images, flipped
+from featxfer.images import Images, cropped, flipped
 from featxfer.pseudo_labels import Clustering
 from featxfer.store import FeatureStore, StoredRows
 from featxfer_integrations._attach import Place, host_parameter, take_feature
@@ -68,17 +68,17 @@ class MapAt(nn.Module):
 
 @dataclass(frozen=True)
 class Maps:
-    """The maps of all images at one place, on disk: HR and each degradation, as is and flipped.
+    """The maps of all images at one place, on disk: HR and each degradation.
 
     Args:
         shape: of one image's maps.
-        hr: as is, and flipped.
+        hr: of the images as they are, of mirrored ones, and of crops.
         lr: the same, a degradation each.
     """
 
     shape: tuple[int, ...]
-    hr: tuple[StoredRows, StoredRows]
-    lr: Sequence[tuple[StoredRows, StoredRows]]
+    hr: tuple[StoredRows, ...]
+    lr: Sequence[tuple[StoredRows, ...]]
 
     def take(self, rows: StoredRows, indices: Tensor) -> Tensor:
         """Maps `(len(indices), *shape)` of one view."""
@@ -86,7 +86,7 @@ class Maps:
         return maps
 
     @property
-    def views(self) -> list[tuple[StoredRows, StoredRows]]:
+    def views(self) -> list[tuple[StoredRows, ...]]:
         """LR views, then HR."""
         return [*self.lr, self.hr]
 
@@ -97,60 +97,105 @@ def extract_maps(
     degradations: Sequence[Degradation],
     cache: Path,
     shape: tuple[int, ...],
+    crops: int,
     **options: object,
 ) -> Maps:
     """Maps of all views, from the cache as far as it has them; errors as `extract_features`."""
-
-    def rows(store: FeatureStore) -> StoredRows:
-        return store.open_rows()
-
+    variants = [images, flipped(images), *(cropped(images, draw) for draw in range(crops))]
     pairs: list[dict[str, list[FeatureStore]]] = []
     for degradation in degradations:
         stores = [
             fill_stores(backbone, view, degradation, cache, **options)  # type: ignore[arg-type]
-            for view in (images, flipped(images))
+            for view in variants
         ]
         pairs.append({view: [store[view] for store in stores] for view in ("hr", "lr")})
-    hr = tuple(rows(store) for store in pairs[0]["hr"])
-    lr = [tuple(rows(store) for store in pair["lr"]) for pair in pairs]
-    return Maps(shape, hr, lr)  # type: ignore[arg-type]
+    hr = tuple(store.open_rows() for store in pairs[0]["hr"])
+    return Maps(shape, hr, [tuple(store.open_rows() for store in pair["lr"]) for pair in pairs])
+
+
+def open_maps(
+    model: nn.Module,
+    backbone: Backbone,
+    stage: Place,
+    pooled: Place,
+    images: Images,
+    degradations: Sequence[Degradation],
+    cache: Path,
+    *,
+    crops: int = 0,
+    precision: str = "auto",
+    **options: object,
+) -> tuple[Rest, Maps]:
+    """The model behind `stage`, and the maps of all images there.
+
+    Args:
+        model: the host, without what is attached to it.
+        backbone: of the host, for the keys of the cache.
+        stage: the place of the maps.
+        pooled: the place of the feature.
+        images: see `featxfer.open_images`.
+        degradations: of one hr_size.
+        cache: folder of the maps.
+        crops: how many crops of each image there are besides.
+        precision: "fp32", "bf16", or "auto": "bf16" where the hardware multiplies in it.
+        **options: batch_size, on_error of `extract_features`.
+
+    Raises:
+        AttachError: the feature hangs on more than these maps.
+        ImageError, StoreError, DiskError: as `extract_features`.
+    """
+    like = host_parameter(model)
+    if precision == "auto":
+        fast = bf16_is_fast(torch.device("cpu") if like is None else like.device)
+        precision = "bf16" if fast else "fp32"
+    size = degradations[0].hr_size
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if like is not None:
+        image = image.to(like.device, like.dtype)
+    rest = Rest(model, stage, pooled, image, precision)
+    with torch.no_grad():
+        shape = tuple(take_feature(model, stage, image).shape[1:])
+    first = dataclasses.replace(backbone, module=MapAt(model, stage))
+    maps = extract_maps(
+        first, images, degradations, cache, shape, crops, precision=precision, **options
+    )
+    return rest, maps
 
 
 class _Views:
-    """Rows of a trainer: every image once an epoch in each LR view, and some in HR, by chance
-    flipped; held-out rows as they are.
+    """Rows of a trainer: every image once an epoch in each LR view, and some in HR.
+
+    Each time an image is as it is, mirrored or cropped, by chance; held-out images are as they are.
     """
 
     def __init__(
-        self, maps: Maps, targets: Sequence[Tensor], images: Tensor, hr_share: float, flip: bool
+        self, maps: Maps, targets: Sequence[Tensor], images: Tensor, hr_share: float, *, vary: bool
     ) -> None:
-        self.maps, self.targets, self.images = maps, targets, images
-        self.hr_share, self.flip = hr_share, flip
-        self.total = len(targets[0])
+        self.maps, self.images, self.hr_share, self.vary = maps, images, hr_share, vary
+        self.targets = torch.stack(list(targets))
+        self.variants, self.total = self.targets.shape[:2]
 
     def order(self, generator: torch.Generator) -> Tensor:
         count, views = len(self.images), len(self.maps.lr)
         shares = [count] * views + [round(count * self.hr_share)]
         chosen = [
-            (view * 2) * self.total
+            (view * self.variants) * self.total
             + self.images[torch.randperm(count, generator=generator)[:share]]
             for view, share in enumerate(shares)
         ]
         rows = torch.cat(chosen)
-        if self.flip:
-            rows = rows + self.total * torch.randint(0, 2, rows.shape, generator=generator)
+        if self.vary:
+            rows += self.total * torch.randint(self.variants, rows.shape, generator=generator)
         return rows[torch.randperm(len(rows), generator=generator)]
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        views, images = indices // self.total, indices % self.total
+        kinds, images = indices // self.total, indices % self.total
         maps = torch.empty(len(indices), *self.maps.shape)
-        for view in views.unique().tolist():
-            mine = views == view
-            rows = self.maps.views[view // 2][view % 2]
-            maps[mine] = self.maps.take(rows, images[mine]).float()
-        flips = views % 2
-        stacked = torch.stack([t[images] for t in self.targets])
-        return maps, stacked[flips, torch.arange(len(images))]
+        for kind in kinds.unique().tolist():
+            mine = kinds == kind
+            view, variant = divmod(kind, self.variants)
+            maps[mine] = self.maps.take(self.maps.views[view][variant], images[mine]).float()
+        return maps, self.targets[kinds % self.variants, images]
 
 
 @dataclass(frozen=True)
@@ -161,20 +206,20 @@ class DeepFit:
         blocks: by the module that they follow.
         log: an entry an epoch.
         clusterings: of the directions of HR features.
-        hr: features of HR views as the model has them: as is, and flipped.
-        lr: of LR views without blocks, as is, a degradation each.
-        hr_through: of HR views through the blocks: as is, and flipped.
-        lr_through: of LR views through the blocks: as is, and flipped, a degradation each.
+        hr: features of HR views as the model has them, of each variant of the images.
+        lr: of LR views without blocks, of the images as they are, a degradation each.
+        hr_through: of HR views through the blocks, of each variant.
+        lr_through: of LR views through the blocks, of each variant, a degradation each.
         seconds: of training, as told before and as it was.
     """
 
     blocks: dict[str, FeatureTransferBlock]
     log: list[EpochLog]
     clusterings: list[Clustering]
-    hr: tuple[Tensor, Tensor]
+    hr: list[Tensor]
     lr: list[Tensor]
-    hr_through: tuple[Tensor, Tensor]
-    lr_through: list[tuple[Tensor, Tensor]]
+    hr_through: list[Tensor]
+    lr_through: list[list[Tensor]]
     seconds: tuple[float, float]
 
 
@@ -225,8 +270,8 @@ def train_blocks(
         DivergenceError, CheckpointError, DiskError: as `PseudoLabelTrainer.fit_rows`.
     """
     recipe = recipe or BLOCK_RECIPE
-    hr = (_features(rest, maps, maps.hr[0]), _features(rest, maps, maps.hr[1]))
-    lr = [_features(rest, maps, rows[0]) for rows in maps.lr]
+    hr = [features_of(rest, maps, rows) for rows in maps.hr]
+    lr = [features_of(rest, maps, rows[0]) for rows in maps.lr]
     directions = F.normalize(hr[0][train], dim=1)
     clusterings = [kmeans(directions, k, seed=seed) for k in clusters]
     variance = float((hr[0][train] - hr[0][train].mean(0)).square().sum(1).mean())
@@ -235,8 +280,8 @@ def train_blocks(
         block = blocks[plan.module]
         block.set_input_statistics(_probe(rest, plan, maps, train))
         rest.attach(plan.place, block)
-    rows = _Views(maps, hr, train, hr_share, flip=True)
-    judged = _Views(maps, hr, test, 1.0, flip=False) if len(test) else None
+    rows = _Views(maps, hr, train, hr_share, vary=True)
+    judged = _Views(maps, hr, test, 1.0, vary=False) if len(test) else None
     trainer = PseudoLabelTrainer(rest, recipe, objective=goal, seed=seed)
     expected = _estimate(trainer, rows)
     if minutes is not None and expected > 60 * minutes:
@@ -250,7 +295,7 @@ def train_blocks(
     if checkpoint is not None:
         path = checkpoint(
             _key(
-                [hr[0], *lr, train, *(part.centroids for part in clusterings)],
+                [*hr, *lr, train, *(part.centroids for part in clusterings)],
                 [objective, *(block.config for block in blocks.values())],
                 recipe,
                 seed,
@@ -260,10 +305,7 @@ def train_blocks(
     log = trainer.fit_rows(rows, held_out=judged, checkpoint=path, callback=callback)
     took = time.perf_counter() - start
     rest.eval()
-    through = [
-        (_features(rest, maps, plain), _features(rest, maps, mirrored))
-        for plain, mirrored in maps.views
-    ]
+    through = [[features_of(rest, maps, rows) for rows in view] for view in maps.views]
     if path is not None:
         path.unlink(missing_ok=True)
     return DeepFit(
@@ -272,7 +314,7 @@ def train_blocks(
 
 
 @torch.no_grad()
-def _features(rest: Rest, maps: Maps, rows: StoredRows, batch: int = 128) -> Tensor:
+def features_of(rest: Rest, maps: Maps, rows: StoredRows, batch: int = 128) -> Tensor:
     """Features of all images of one view, as `rest` is now; `(n, d)` on the CPU."""
     device = next(rest.parameters()).device
     return torch.cat(
@@ -324,24 +366,9 @@ def _key(
     return digest.hexdigest()[:32]
 
 
-def map_shape(model: nn.Module, place: Place, image: Tensor) -> tuple[int, ...]:
-    """Shape of one image's maps at a place."""
-    like = host_parameter(model)
-    with torch.no_grad():
-        maps = take_feature(model, place, image if like is None else image.to(like))
-    return tuple(maps.shape[1:])
-
-
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether the hardware multiplies in bfloat16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     fast: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return fast
-
-
-def preprocess(preprocessing: Preprocessing, pixels: Tensor, model: nn.Module) -> Tensor:
-    """Images as the model takes them, on its device."""
-    like = host_parameter(model)
-    images = preprocessing(pixels)
-    return images if like is None else images.to(like.device, like.dtype)

@@ -40,7 +40,7 @@ from featxfer import (
     open_images,
     unpaired_targets,
 )
-from featxfer._checks import check_choice
+from featxfer._checks import check_choice, check_integer
 from featxfer.features import default_cache, fill_stores, software_versions
 from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
@@ -60,15 +60,11 @@ from featxfer_integrations._attach import (
     take_feature,
     transfers_of,
 )
-from featxfer_integrations._replay import Rest
 from featxfer_integrations.attach import backbone_sha256, find_place, host_of, maps_at
 from featxfer_integrations.deep import (
     BlockPlan,
-    MapAt,
     TooLongError,
-    bf16_is_fast,
-    extract_maps,
-    map_shape,
+    open_maps,
     train_blocks,
 )
 
@@ -137,6 +133,7 @@ def fit_transfer(
     unpaired: str = "transport",
     recipe: Recipe | None = None,
     block_recipe: Recipe | None = None,
+    crops: int = 4,
     minutes: float = 30.0,
     held_out: float = 0.1,
     preprocessing: Preprocessing | None = None,
@@ -186,6 +183,8 @@ def fit_transfer(
         unpaired: how: a name of `featxfer.UNPAIRED`. Used with `lr_images`.
         recipe: by default `FEATURES_RECIPE`, or the paper's `Recipe()` for output "clusters".
         block_recipe: by default `BLOCK_RECIPE`.
+        crops: of each image, for blocks: random crops that are trained on besides the image and its
+            mirror image, as many maps more in the cache.
         minutes: of depth "auto": the longest that blocks may train.
         held_out: share of the images, in [0, 1), that is left out of training for the report, and
             to tell which epoch's weights are best.
@@ -211,6 +210,7 @@ def fit_transfer(
     place = _place(model, where)
     views = [degradation] if isinstance(degradation, Degradation) else list(degradation)
     _check_settings(views, held_out, minutes)
+    check_integer("crops", crops, at_least=0)
     names = (objective, unpaired, None if lr_images is None else depth)
     _check_objective(*names, attached_at(model, place))
     plans = [] if lr_images is not None else _plans(model, place, depth, where, at)
@@ -235,7 +235,7 @@ def fit_transfer(
     if plans:
         try:
             trained = _fit_deep(
-                task, plans, recipe, block_recipe, minutes if depth == "auto" else None
+                task, plans, recipe, block_recipe, crops, minutes if depth == "auto" else None
             )
         except TooLongError as error:
             tell(f"a head alone: {error}")
@@ -266,13 +266,10 @@ class _Task:
     precision: str
     options: dict[str, Any]
 
-    def arithmetic(self, *, deep: bool) -> str:
-        """The precision of the arithmetic, "fp32" or "bf16"."""
-        if self.precision != "auto":
-            return self.precision
-        like = host_parameter(self.model)
-        device = torch.device("cpu") if like is None else like.device
-        return "bf16" if deep and bf16_is_fast(device) else "fp32"
+    @property
+    def pooled_precision(self) -> str:
+        """Of features after pool5."""
+        return "fp32" if self.precision == "auto" else self.precision
 
     def ks(self, images: int) -> tuple[int, ...]:
         """The numbers of clusters for so many images."""
@@ -316,7 +313,7 @@ def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
     """A head alone, on features after pool5."""
     if task.lr_images is not None:
         return _fit_unpaired(task, recipe, *task.lr_images)
-    precision = task.arithmetic(deep=False)
+    precision = task.pooled_precision
     features = [
         extract_features(
             task.backbone,
@@ -358,23 +355,21 @@ def _fit_deep(
     plans: Sequence[BlockPlan],
     recipe: Recipe | None,
     block_recipe: Recipe | None,
+    crops: int,
     minutes: float | None,
 ) -> _Trained:
     """Blocks through the frozen layers behind them, then a head on what comes out."""
-    model, precision = task.model, task.arithmetic(deep=True)
-    size = task.views[0].hr_size
-    noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    like = host_parameter(model)
-    image = noise if like is None else noise.to(like.device, like.dtype)
-    rest = Rest(model, plans[0].place, task.place, image, precision)
-    first = dataclasses.replace(task.backbone, module=MapAt(model, plans[0].place))
-    maps = extract_maps(
+    model, first = task.model, plans[0].place
+    rest, maps = open_maps(
+        model,
+        task.backbone,
         first,
+        task.place,
         task.images,
         task.views,
         task.cache / "maps",
-        map_shape(model, plans[0].place, image),
-        precision=precision,
+        crops=crops,
+        precision=task.precision,
         **task.options,
     )
     train, test = _split(len(maps.hr[0]), task.held_out, task.seed)
@@ -422,7 +417,7 @@ def _fit_deep(
         log,
         sha256=task.backbone.weights_sha256,
         recipe=recipe.to_dict(),
-        precision=precision,
+        precision=rest.precision,
         after=[plan.module for plan in plans],
     )
     for plan in plans:
@@ -431,7 +426,7 @@ def _fit_deep(
             deep.log,
             sha256=backbone_sha256(model, plan.place),
             recipe=block_recipe.to_dict(),
-            precision=precision,
+            precision=rest.precision,
             at=plan.module,
         )
     places = [(blocks[plan.module], plan.place) for plan in plans]
@@ -440,7 +435,7 @@ def _fit_deep(
 
 def _fit_unpaired(task: _Task, recipe: Recipe | None, lr_images: Images, unpaired: str) -> _Trained:
     """A head alone, on the features of LR images that have no HR image."""
-    precision, view = task.arithmetic(deep=False), task.views[0]
+    precision, view = task.pooled_precision, task.views[0]
     rows = [
         fill_stores(
             task.backbone,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from featxfer import Degradation, FeatureTransferBlock, FeatureTransferHead, Recipe
-from featxfer.images import flipped, open_images
+from featxfer.images import cropped, flipped, open_images
 from featxfer_integrations import (
     AttachError,
     TransferFit,
@@ -40,6 +40,7 @@ def fit(model: nn.Module, images: Any, cache: Path, **options: Any) -> TransferF
         "depth": "deep",
         "precision": "fp32",
         "held_out": 0.25,
+        "crops": 1,
         **options,
     }
     return fit_transfer(model, images, **arguments)
@@ -188,10 +189,10 @@ def test_views_are_every_image_in_each_lr_view_and_a_share_in_hr(
         host_backbone(model, find_place(model)), module=MapAt(model, place)
     )
     views = [LR, Degradation(hr_size=32, lr_size=16)]
-    maps = extract_maps(backbone, open_images(drawings), views, tmp_path, (32, 8, 8))
+    maps = extract_maps(backbone, open_images(drawings), views, tmp_path, (32, 8, 8), 0)
     targets = [torch.arange(60.0)[:, None], -torch.arange(60.0)[:, None]]
     train = torch.arange(10, 50)
-    rows = _Views(maps, targets, train, 0.5, flip=True)
+    rows = _Views(maps, targets, train, 0.5, vary=True)
     order = rows.order(torch.Generator().manual_seed(0))
     assert len(order) == 40 + 40 + 20
     kinds, images = order // 60, order % 60
@@ -220,11 +221,43 @@ def test_flipped_images_are_mirrored_and_have_another_fingerprint(drawings: Path
     assert mirrored.fingerprint != images.fingerprint
 
 
+def test_crops_are_parts_of_the_image_the_same_every_time(drawings: Path) -> None:
+    images = open_images(drawings)
+    whole = images.read(5)
+    first, again = cropped(images, 0), cropped(images, 0)
+    part = first.read(5)
+    assert torch.equal(part, again.read(5))
+    assert first.fingerprint == again.fingerprint != cropped(images, 1).fingerprint
+    shapes, mirrored = set(), 0
+    for draw in range(20):
+        part = cropped(images, draw).read(5)
+        height, width = part.shape[1:]
+        shapes.add((height, width))
+        assert 0.35 < height * width / 48**2 <= 1
+        places = [
+            (top, left, flip)
+            for flip in (0, 1)
+            for top in range(48 - height + 1)
+            for left in range(48 - width + 1)
+            if torch.equal(
+                whole[:, top : top + height, left : left + width],
+                part.flip(-1) if flip else part,
+            )
+        ]
+        assert len(places) == 1
+        mirrored += places[0][2]
+    assert len(shapes) > 10
+    assert 4 <= mirrored <= 16
+    with pytest.raises(ValueError, match="least: got 0, wanted a share"):
+        cropped(images, 0, least=0)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"depth": "shallow"}, ValueError, "depth: got 'shallow', wanted one of"),
         ({"depth": "pooled"}, ValueError, "at: got 'layer1' with depth='pooled'"),
+        ({"crops": -1}, ValueError, "crops: got -1"),
         ({"minutes": 0}, ValueError, "minutes: got 0, wanted > 0"),
         ({"precision": "fp16"}, ValueError, "precision: got 'fp16'"),
         ({"at": "nowhere"}, AttachError, "no module 'nowhere'"),

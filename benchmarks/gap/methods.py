@@ -1,0 +1,200 @@
+"""The rows of the table: each makes LR features better, and says what that took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gap.features import through_blocks
+from benchmarks.gap.study import Rows, Study, small, subset
+from benchmarks.voc2007.methods import ridge
+from featxfer import (
+    Degradation,
+    FeatureTransferBlock,
+    FeatureTransferHead,
+    Images,
+)
+from featxfer_integrations import TransferFit, attach_transfer, fit_transfer, transfers_of
+
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row or several of the table.
+
+    Args:
+        labels: of the rows that it gives.
+        seeded: whether the seed changes them.
+        run: (study, LR views, seed) -> the figures of each row.
+    """
+
+    labels: tuple[str, ...]
+    seeded: bool
+    run: Callable[[Study, Sequence[Degradation], int], list[Found]]
+
+
+def plain(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
+    """HR, LR, and the average of LR features over the image and its mirror image."""
+    train, test = (study.features(split, views[0]) for split in ("trainval", "test"))
+    rows, tested = (
+        through_blocks(study, study.model, split, views[0]) for split in ("trainval", "test")
+    )
+    return [
+        study.judge(Rows(train.hr, test.hr, test.hr)),
+        study.judge(Rows(train.lr, test.lr, test.hr)),
+        study.judge(Rows(rows.averaged, tested.averaged)),
+    ]
+
+
+def closed_form(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
+    """Ridge regression of HR features on LR ones."""
+    train, test = (study.features(split, views[0]) for split in ("trainval", "test"))
+    start = time.perf_counter()
+    mapped, both = ridge((train.lr, torch.cat([test.lr, test.hr])), train.hr)
+    lr, hr = both.split(len(test.lr))
+    took = time.perf_counter() - start
+    return [{**study.judge(Rows(mapped, lr, hr)), "seconds": took, "parameters": _square(train.hr)}]
+
+
+def _square(rows: Tensor) -> int:
+    return rows.shape[1] * (rows.shape[1] + 1)
+
+
+def pooled(**options: Any) -> Callable[[Study, Sequence[Degradation], int], list[Found]]:
+    """A head after pool5 that `fit_transfer` trains with these options."""
+
+    def run(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
+        return [fit_pooled(study, views, seed, study.images("trainval"), **options)]
+
+    return run
+
+
+def fit_pooled(
+    study: Study, views: Sequence[Degradation], seed: int, images: Images, **options: Any
+) -> Found:
+    """Figures of a head that was trained on these images, judged in the first view."""
+    model = study.copy()
+    if "output" in options:
+        attach_transfer(model, output=options.pop("output"))
+    fit = fit_transfer(
+        model, images, degradation=views, depth="pooled", cache=study.cache, seed=seed, **options
+    )
+    head = transfers_of(model)["pooled"]
+    assert isinstance(head, FeatureTransferHead)
+    return {**judge_head(study, head, views[0]), **costs(fit, [head], ())}
+
+
+def judge_head(study: Study, head: FeatureTransferHead, view: Degradation) -> Found:
+    """Figures of a head on plain features."""
+    train, test = (study.features(split, view) for split in ("trainval", "test"))
+    hr = head.transfer(test.hr) if head.output == "features" else None
+    return study.judge(Rows(head.transfer(train.lr), head.transfer(test.lr), hr))
+
+
+def half(**options: Any) -> Callable[[Study, Sequence[Degradation], int], list[Found]]:
+    """HR images are one half of the images; LR ones, if asked for, the other half."""
+
+    def run(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
+        images = study.images("trainval")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+        cut = len(order) // 2
+        ours, others = subset(images, sorted(order[:cut])), subset(images, sorted(order[cut:]))
+        given = dict(options)
+        if "unpaired" in given:
+            given["lr_images"] = small(others, views[0].lr_size)
+        return [fit_pooled(study, views, seed, ours, **given)]
+
+    return run
+
+
+def deep(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
+    """Blocks alone, with the head on top, and that averaged over the image and its mirror image."""
+    model = study.copy()
+    fit = fit_transfer(
+        model,
+        study.images("trainval"),
+        degradation=views,
+        depth="deep",
+        cache=study.cache,
+        seed=seed,
+    )
+    return judge_model(study, model, views[0], fit)
+
+
+def judge_model(study: Study, model: nn.Module, view: Degradation, fit: TransferFit) -> list[Found]:
+    """Figures of blocks alone, of all that is attached, and of its average over flips."""
+    transfers = transfers_of(model)
+    head = transfers["pooled"]
+    blocks = [module for name, module in transfers.items() if name != "pooled"]
+    assert isinstance(head, FeatureTransferHead)
+    train, test = (through_blocks(study, model, split, view) for split in ("trainval", "test"))
+    found = []
+    for rows in (
+        Rows(train.lr, test.lr, test.hr),
+        Rows(head.transfer(train.lr), head.transfer(test.lr), head.transfer(test.hr)),
+        Rows(
+            (head.transfer(train.lr) + head.transfer(train.lr_flipped)) / 2,
+            (head.transfer(test.lr) + head.transfer(test.lr_flipped)) / 2,
+            (head.transfer(test.hr) + head.transfer(test.hr_flipped)) / 2,
+        ),
+    ):
+        found.append(study.judge(rows))
+    found[0] |= costs(fit, blocks, fit.blocks_log)
+    found[1] |= costs(fit, [*blocks, head], (*fit.blocks_log, *fit.log))
+    found[2] |= costs(fit, [*blocks, head], (*fit.blocks_log, *fit.log))
+    return found
+
+
+def costs(fit: TransferFit, modules: Sequence[Any], log: Sequence[Any]) -> Found:
+    """Seconds of training, parameters, multiply-accumulates, and the fit's own report."""
+    entries = log or fit.log
+    blocks = [module for module in modules if isinstance(module, FeatureTransferBlock)]
+    return {
+        "seconds": sum(entry.seconds for entry in entries),
+        "parameters": sum(p.numel() for m in modules for p in m.parameters()),
+        "block_macs_14": sum(block.macs(14, 14) for block in blocks),
+        "self_check": [
+            {
+                "cosine_gap": part.cosine_gap_recovered,
+                "cosine": part.after.cosine,
+                "retrieval": part.after.retrieval,
+                "clusters": part.after.clusters,
+                "retrieval_gap": _share(part.before.retrieval, part.after.retrieval),
+                "clusters_gap": _share(part.before.clusters, part.after.clusters),
+                "hr_cosine": part.hr_cosine,
+            }
+            for part in fit.held_out
+        ],
+    }
+
+
+def _share(before: float, after: float) -> float:
+    """Of what is missing to 1, how much is gained."""
+    return (after - before) / (1 - before) if before < 1 else 0.0
+
+
+METHODS: Mapping[str, Method] = {
+    "plain": Method(("HR", "LR", "LR, flips averaged"), False, plain),
+    "ridge": Method(("ridge regression",), False, closed_form),
+    "paper": Method(
+        ("the paper's head (nearest labels)",), True, pooled(output="clusters", held_out=0.0)
+    ),
+    "labels": Method(("head: cross-entropy on paired labels",), True, pooled(objective="labels")),
+    "regression": Method(("head: regression",), True, pooled(objective="regression")),
+    "contrast": Method(("head: instance contrast",), True, pooled(objective="contrast")),
+    "prototypes": Method(("head: prototypes (default)",), True, pooled()),
+    "several": Method(("head: three clusterings",), True, pooled(clusters=(100, 25, 400))),
+    "warm": Method(("head: warm start by ridge",), True, pooled(warm_start=True)),
+    "half": Method(("head, half of the images, pairs",), True, half()),
+    "moments": Method(("head, two halves, moments",), True, half(unpaired="moments")),
+    "balance": Method(("head, two halves, balance",), True, half(unpaired="balance")),
+    "transport": Method(("head, two halves, transport",), True, half(unpaired="transport")),
+    "deep": Method(("deep: blocks", "deep: blocks and head", "deep, flips averaged"), True, deep),
+}
+"""Methods by the name that `--methods` takes."""

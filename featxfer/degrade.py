@@ -41,6 +41,9 @@ class Degradation:
     antialias: bool = True
     order: str = "original"
 
+    KINDS: ClassVar[dict[str, type[Degradation]]] = {}
+    """Degradations that do more than resize, by the name of their class."""
+
     RESIZE: ClassVar[str] = "torch.nn.functional.interpolate(uint8)"
     """The one resize implementation, by name: other ones give other pixels."""
 
@@ -56,6 +59,10 @@ class Degradation:
         if self.antialias and self.kernel == "nearest":
             raise ValueError("antialias: got True with kernel 'nearest', wanted antialias=False")
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Degradation.KINDS[cls.__name__] = cls
+
     def hr(self, image: Tensor) -> Tensor:
         """The HR view of `image`, uint8 RGB `(3, h, w)`: uint8 `(3, hr_size, hr_size)`."""
         return self._resize(_as_image(image), self.hr_size)
@@ -65,7 +72,12 @@ class Degradation:
         image = _as_image(image)
         if self.order == "hr":
             image = self._resize(image, self.hr_size)
-        return self._resize(self._resize(image, self.lr_size), self.hr_size)
+        small = self._resize(image, self.lr_size)
+        return self._resize(self.corrupt(small), self.hr_size)
+
+    def corrupt(self, small: Tensor) -> Tensor:
+        """What else happens to the small image, uint8 `(3, lr_size, lr_size)`; here nothing."""
+        return small
 
     def _resize(self, image: Tensor, size: int) -> Tensor:
         if self.kernel == "nearest":
@@ -77,14 +89,15 @@ class Degradation:
     def describe_view(self, view: str) -> dict[str, Any]:
         """What view "hr" or "lr" depends on: the HR view does not know `lr_size` and `order`."""
         check_choice("view", view, ("hr", "lr"))
-        described = {**self.to_dict(), "view": view}
+        described = self.to_dict()
         if view == "hr":
-            del described["lr_size"], described["order"]
-        return described
+            described = {name: described[name] for name in ("hr_size", *_OF_HR, "resize")}
+        return {**described, "view": view}
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and the name of the resize implementation, as JSON types."""
-        return {**dataclasses.asdict(self), "resize": self.RESIZE}
+        kind = {} if type(self) is Degradation else {"kind": type(self).__name__}
+        return {**dataclasses.asdict(self), "resize": self.RESIZE, **kind}
 
     def to_json(self) -> str:
         """`to_dict` as one line of JSON; `from_json` gives an equal value back."""
@@ -92,11 +105,18 @@ class Degradation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Degradation:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`, of subclasses as well once their module is imported.
 
-        Raises `ValueError` for unknown or missing fields and for another resize implementation.
+        Raises `ValueError` for unknown or missing fields, for another resize implementation, and
+        for a kind that is not known.
         """
         fields = dict(values)
+        kind = fields.pop("kind", None)
+        if kind is not None:
+            if kind not in cls.KINDS:
+                known = ", ".join(cls.KINDS) or "none; import featxfer_integrations first"
+                raise ValueError(f"kind: got degradation {kind!r}, known are {known}")
+            cls = cls.KINDS[kind]
         resize = fields.pop("resize", None)
         if resize != cls.RESIZE:
             raise ValueError(f"resize: got {resize!r}, wanted {cls.RESIZE!r}")
@@ -114,6 +134,10 @@ class Degradation:
         if not isinstance(values, dict):
             raise ValueError(f"degradation: got {type(values).__name__}, wanted a JSON object")
         return cls.from_dict(values)
+
+
+_OF_HR = ("kernel", "antialias")
+"""What the HR view depends on beside its size."""
 
 
 def _as_image(image: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ from featxfer_integrations.attach import (
     transfer_disabled,
 )
 from featxfer_integrations.backbones import BackboneError, load_backbone, load_model
+from featxfer_integrations.corruptions import CorruptedDegradation
 from featxfer_integrations.fit import HeldOutPairs, TransferFit, backbone_of, fit_transfer
 
 __all__ = [
     "AttachError",
     "BackboneError",
+    "CorruptedDegradation",
     "HeldOutPairs",
     "TransferFit",
     "attach_transfer",

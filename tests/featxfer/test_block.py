@@ -15,11 +15,19 @@ MAPS = torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(0))
 
 
 def make_block(**options: Any) -> FeatureTransferBlock:
-    return FeatureTransferBlock(6, 8, groups=2, **options)
+    return FeatureTransferBlock(6, 8, **{"kernel_size": 3, **options})
+
+
+def first_unit(block: FeatureTransferBlock) -> Any:
+    return block.units[0]
 
 
 def randomised(block: FeatureTransferBlock) -> FeatureTransferBlock:
-    nn.init.normal_(block.project.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    for unit in block.units:
+        for name, parameter in unit.named_parameters():
+            if name.startswith("project"):
+                nn.init.normal_(parameter, std=0.1, generator=generator)
     return block
 
 
@@ -41,12 +49,23 @@ def test_the_memory_format_is_kept() -> None:
 
 
 def test_a_trained_block_subtracts_its_branch() -> None:
-    block = randomised(make_block())
-    block.set_input_statistics(MAPS * 2 - 1)
-    inner = F.relu(block.conv1((MAPS - block.input_mean) / block.input_std))
-    wanted = MAPS - block.project(F.relu(block.conv2(inner)) + inner)
-    assert torch.allclose(block(MAPS), wanted, atol=1e-6)
-    assert not torch.equal(block(MAPS), MAPS)
+    for depthwise in (True, False):
+        block = randomised(make_block(units=2, depthwise=depthwise))
+        block.set_input_statistics(MAPS * 2 - 1)
+        wanted = MAPS
+        for unit in block.units:
+            layers: Any = unit
+            z = (wanted - block.input_mean) / block.input_std
+            inner = layers.expand(layers.spatial(z) + z) if depthwise else layers.spatial(z)
+            wanted = wanted - layers.project(F.relu(inner))
+        assert torch.allclose(block(MAPS), wanted, atol=1e-6)
+        assert not torch.equal(block(MAPS), MAPS)
+
+
+def test_arithmetic_is_counted() -> None:
+    """Depthwise 3 x 3 of 6 channels, 6 -> 8 and 8 -> 6; or a full 3 x 3 to 8, and 8 -> 6."""
+    assert make_block(units=2).macs(5, 4) == 2 * (6 * 9 + 6 * 8 * 2) * 20
+    assert make_block(units=1, depthwise=False).macs(5, 4) == (6 * 8 * 9 + 8 * 6) * 20
 
 
 def test_both_layouts_are_one_function() -> None:
@@ -67,8 +86,9 @@ def test_statistics_are_those_of_channels() -> None:
 
 
 def test_seeds_copies_and_pickles() -> None:
-    assert torch.equal(make_block(seed=1).conv1.weight, make_block(seed=1).conv1.weight)
-    assert not torch.equal(make_block(seed=1).conv1.weight, make_block(seed=2).conv1.weight)
+    weights = [first_unit(make_block(seed=seed)).spatial.weight for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
     block = randomised(make_block())
     assert torch.equal(copy.deepcopy(block)(MAPS), block(MAPS))
     assert torch.equal(pickle.loads(pickle.dumps(block))(MAPS), block(MAPS))
@@ -81,14 +101,15 @@ def test_seeds_copies_and_pickles() -> None:
     ("arguments", "message"),
     [
         ({"channels": 0}, "channels: got 0"),
-        ({"hidden_channels": 9}, "hidden_channels: got 9, wanted a multiple of groups=2"),
-        ({"groups": 0}, "groups: got 0"),
+        ({"hidden_channels": 0}, "hidden_channels: got 0"),
+        ({"units": 0}, "units: got 0"),
+        ({"kernel_size": 4}, "kernel_size: got 4, wanted an odd one"),
         ({"layout": "chw"}, "layout: got 'chw', wanted one of 'nchw', 'nhwc'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FeatureTransferBlock(**{"channels": 6, "hidden_channels": 8, "groups": 2, **arguments})
+        FeatureTransferBlock(**{"channels": 6, "hidden_channels": 8, **arguments})
 
 
 def test_bad_maps_are_told_and_change_nothing() -> None:

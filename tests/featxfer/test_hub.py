@@ -56,8 +56,9 @@ def test_the_readme_is_filled_in(head: FeatureTransferHead, tmp_path: Path) -> N
 
 
 def test_a_block_is_saved_as_a_block(head: FeatureTransferHead, tmp_path: Path) -> None:
-    block = FeatureTransferBlock(4, 8, groups=2, layout="nhwc")
-    nn.init.normal_(block.project.weight)
+    block = FeatureTransferBlock(4, 8, units=1, kernel_size=3, layout="nhwc")
+    for parameter in block.units.parameters():
+        nn.init.normal_(parameter)
     block.card = CARD
     block.save_pretrained(tmp_path / "block")
     head.save_pretrained(tmp_path / "head")

@@ -106,7 +106,7 @@ def test_hard_labels_are_cross_entropy_on_the_nearest_centroid() -> None:
 
 def test_several_clusterings_count_by_their_mean() -> None:
     others = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
-    options = {"cosine_weight": 0.0, "distance_weight": 0.0}
+    options: dict[str, Any] = {"cosine_weight": 0.0, "distance_weight": 0.0}
     alone = [
         float(PrototypeDistillation(c, 1.0, **options)(LR, HR)[0]) for c in (CENTROIDS, others)
     ]
@@ -125,7 +125,7 @@ def test_regression_by_hand() -> None:
 
 
 def test_contrast_by_hand() -> None:
-    options = {"cosine_weight": 0.0, "distance_weight": 0.0}
+    options: dict[str, Any] = {"cosine_weight": 0.0, "distance_weight": 0.0}
     loss, _ = InstanceContrast(1.0, temperature=0.3, **options)(LR, HR)
     total = 0.0
     for i, x in enumerate(LR):

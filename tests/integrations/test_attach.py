@@ -599,7 +599,7 @@ def test_other_types() -> None:
         ({"at": "stem", "output": "clusters"}, "output: a block has none"),
         ({"where": "pool", "output": "other"}, "output: got 'other'"),
         ({"where": "pool", "hidden_features": 0}, "hidden_features: got 0"),
-        ({"at": "stem", "hidden_features": 15}, "hidden_channels: got 15, wanted a multiple"),
+        ({"at": "stem", "hidden_features": 0}, "hidden_channels: got 0"),
         ({"where": "pool", "in_features": -1}, "in_features: got -1"),
         ({"where": "pool", "head": FeatureTransferHead(8), "output": "features"}, "for a new head"),
         ({"where": "pool", "head": FeatureTransferHead(8), "hidden_features": 4}, "for a new head"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -77,11 +77,13 @@ def test_the_model_gives_the_features_that_were_reported(
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     opened = open_images(drawings)
     chosen = [opened.read(index) for index in order[45:].sort().values.tolist()]
-    preprocessing = backbone_of(model).preprocessing
+    preprocessing, attached = backbone_of(model).preprocessing, cast("Any", model)
 
     def features(view: Any) -> torch.Tensor:
         images = preprocessing(torch.stack([view(image) for image in chosen]))
-        result: torch.Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+        result: torch.Tensor = attached.forward_head(
+            attached.forward_features(images), pre_logits=True
+        )
         return result
 
     with torch.no_grad():
@@ -146,7 +148,7 @@ def test_one_seed_gives_one_result_and_interrupted_training_goes_on(
 def test_several_places_and_what_is_attached_is_trained_anew(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:
-    block = FeatureTransferBlock(32, 24, units=1, kernel_size=3)
+    block: Any = FeatureTransferBlock(32, 24, units=1, kernel_size=3)
     attach_transfer(model, block, at="layer1")
     attach_transfer(model, hidden_features=48)
     head = transfers_of(model)["pooled"]

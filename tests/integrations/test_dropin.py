@@ -186,9 +186,10 @@ def test_timms_checkpointing_of_a_backbone() -> None:
         model: Any = timm.create_model("test_resnet", num_classes=5)
         attach_transfer(attach_transfer(model, at="stage2", hidden_features=16), hidden_features=16)
         model.set_grad_checkpointing(enable)
-        model.eval().feature_transfer["layer2"].project.weight.data.normal_(std=0.1)
+        unit = model.eval().feature_transfer["layer2"].units[1]
+        unit.project.weight.data.normal_(std=0.1)
         model(batch(side=64)[0]).square().sum().backward()
-        gradients.append(model.feature_transfer["layer2"].conv1.weight.grad)
+        gradients.append(unit.spatial.weight.grad)
     assert gradients[0].any()
     torch.testing.assert_close(*gradients)
 

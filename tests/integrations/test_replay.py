@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -9,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from featxfer import FeatureTransferBlock
-from featxfer_integrations import AttachError, attach_transfer
+from featxfer_integrations import AttachError, attach_transfer, transfers_of
 from featxfer_integrations._attach import take_feature
 from featxfer_integrations._replay import Rest
 from featxfer_integrations.attach import find_place, module_place
@@ -82,7 +83,7 @@ def test_a_block_gets_gradients_through_frozen_layers() -> None:
     before = copy.deepcopy(model.state_dict())
     stage = find_place(model, at="layer2")
     rest = Rest(model, stage, find_place(model), maps_of((1, 3, 64, 64)), "fp32")
-    block = FeatureTransferBlock(48, 16)
+    block: Any = FeatureTransferBlock(48, 16)
     rest.attach(stage, block)
     maps = maps_of((2, 48, 8, 8))
     plain = rest(maps)
@@ -102,7 +103,8 @@ def test_a_block_gets_gradients_through_frozen_layers() -> None:
     with torch.no_grad():
         images = torch.randn(2, 3, 64, 64)
         real = take_feature(model, stage, images)
-        through = model.forward_head(model.forward_features(images), pre_logits=True)
+        attached: Any = model
+        through = attached.forward_head(attached.forward_features(images), pre_logits=True)
     torch.testing.assert_close(rest(real), through, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items() if n in before)
 
@@ -113,7 +115,8 @@ def test_what_is_attached_to_the_model_is_left_out() -> None:
     image = maps_of((1, 3, 64, 64))
     plain = Rest(model, stage, pooled, image, "fp32")
     attach_transfer(model)
-    nn.init.normal_(model.feature_transfer["pooled"].fc2.weight)
+    head: Any = transfers_of(model)["pooled"]
+    nn.init.normal_(head.fc2.weight)
     assert torch.equal(
         Rest(model, stage, pooled, image, "fp32")(maps_of((2, 48, 8, 8))),
         plain(maps_of((2, 48, 8, 8))),

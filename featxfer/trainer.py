@@ -575,9 +575,9 @@ def warm_start_head(head: FeatureTransferHead, inputs: ArrayLike, targets: Array
         if score < best:
             best, penalty = score, float(candidate)
     coefficients = right.T @ ((scale / (scale.square() + penalty))[:, None] * projected)
-    rank = min(head.fc1.out_features // 2, *coefficients.shape)
     fitted = (scale[:, None] * right) @ coefficients
-    directions = torch.linalg.svd(fitted, full_matrices=False)[2][:rank]
+    directions = torch.linalg.svd(fitted, full_matrices=False)[2][: head.fc1.out_features // 2]
+    rank = len(directions)
     inner = directions @ coefficients.T
     for layer in (head.fc1, head.fc2):
         layer.weight.zero_()

@@ -79,15 +79,24 @@ def fit_pooled(
     study: Study, views: Sequence[Degradation], seed: int, images: Images, **options: Any
 ) -> Found:
     """Figures of a head that was trained on these images, judged in the first view."""
+    head, fit = fit_pooled_head(study, views, seed, images, **options)
+    return {**judge_head(study, head, views[0]), **costs(fit, [head], ())}
+
+
+def fit_pooled_head(
+    study: Study, views: Sequence[Degradation], seed: int, images: Images, **options: Any
+) -> tuple[FeatureTransferHead, TransferFit]:
+    """A head that `fit_transfer` trained on these images, and its report."""
     model = study.copy()
-    if "output" in options:
-        attach_transfer(model, output=options.pop("output"))
+    if options.pop("paper", False):
+        width, k = study.hr[0].shape[1], min(100, len(images) // 3)
+        attach_transfer(model, FeatureTransferHead(width, k, output="clusters"))
     fit = fit_transfer(
         model, images, degradation=views, depth="pooled", cache=study.cache, seed=seed, **options
     )
     head = transfers_of(model)["pooled"]
     assert isinstance(head, FeatureTransferHead)
-    return {**judge_head(study, head, views[0]), **costs(fit, [head], ())}
+    return head, fit
 
 
 def judge_head(study: Study, head: FeatureTransferHead, view: Degradation) -> Found:
@@ -95,6 +104,13 @@ def judge_head(study: Study, head: FeatureTransferHead, view: Degradation) -> Fo
     train, test = (study.features(split, view) for split in ("trainval", "test"))
     hr = head.transfer(test.hr) if head.output == "features" else None
     return study.judge(Rows(head.transfer(train.lr), head.transfer(test.lr), hr))
+
+
+def several(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
+    """Prototypes of 100, 25 and 400 clusters at once; of no more than a third of the images."""
+    images = study.images("trainval")
+    clusters = [min(k, len(images) // 3) for k in (100, 25, 400)]
+    return [fit_pooled(study, views, seed, images, clusters=clusters)]
 
 
 def half(**options: Any) -> Callable[[Study, Sequence[Degradation], int], list[Found]]:
@@ -182,14 +198,12 @@ def _share(before: float, after: float) -> float:
 METHODS: Mapping[str, Method] = {
     "plain": Method(("HR", "LR", "LR, flips averaged"), False, plain),
     "ridge": Method(("ridge regression",), False, closed_form),
-    "paper": Method(
-        ("the paper's head (nearest labels)",), True, pooled(output="clusters", held_out=0.0)
-    ),
+    "paper": Method(("the paper's head (nearest labels)",), True, pooled(paper=True)),
     "labels": Method(("head: cross-entropy on paired labels",), True, pooled(objective="labels")),
     "regression": Method(("head: regression",), True, pooled(objective="regression")),
     "contrast": Method(("head: instance contrast",), True, pooled(objective="contrast")),
     "prototypes": Method(("head: prototypes (default)",), True, pooled()),
-    "several": Method(("head: three clusterings",), True, pooled(clusters=(100, 25, 400))),
+    "several": Method(("head: three clusterings",), True, several),
     "warm": Method(("head: warm start by ridge",), True, pooled(warm_start=True)),
     "half": Method(("head, half of the images, pairs",), True, half()),
     "moments": Method(("head, two halves, moments",), True, half(unpaired="moments")),

@@ -222,6 +222,15 @@ def test_a_narrow_warm_start_keeps_the_directions_that_matter() -> None:
     assert errors[0] > 2 * errors[-1]
 
 
+@torch.no_grad()
+def test_a_warm_start_from_fewer_rows_than_features() -> None:
+    head = FeatureTransferHead(10, 3, 64).eval()
+    head.set_input_statistics(LR[:6])
+    warm_start_head(head, LR[:6], HR[:6])
+    after, before = ((rows - HR[:6]).square().mean() for rows in (head(LR[:6]), LR[:6]))
+    assert float(after) < float(before)
+
+
 def test_a_warm_start_wants_a_residual_head_with_relu() -> None:
     with pytest.raises(ValueError, match="head's output: got 'clusters'"):
         warm_start_head(new_head(), LR, HR)

@@ -44,7 +44,7 @@ def test_each_changes_the_lr_view_alone_and_always_alike(options: dict[str, Any]
 
 def test_jpeg_and_noise_are_what_they_say() -> None:
     """JPEG against Pillow's, noise by its spread."""
-    same = {"hr_size": 64, "lr_size": 64, "kernel": "bilinear"}
+    same: dict[str, Any] = {"hr_size": 64, "lr_size": 64, "kernel": "bilinear"}
     whole = Degradation(**same).lr(IMAGE)
     flat = torch.full((3, 64, 64), 128, dtype=torch.uint8)
     noisy = CorruptedDegradation(**same, noise_std=0.05).corrupt(flat).float() / 255

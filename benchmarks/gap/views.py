@@ -1,0 +1,152 @@
+"""`python -m benchmarks.gap.views`: heads on the degradation that they know, and on all others.
+
+A head is trained on each degradation, and one on all of them; each is judged on every degradation
+by SVMs on HR features that are never changed. `--views sizes` is the curve over resolutions,
+`--views corruptions` blur, sensor noise, JPEG and their chain.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from benchmarks.gap.methods import fit_pooled_head
+from benchmarks.gap.study import Rows, Study
+from benchmarks.gap.tables import grid, with_gaps
+from benchmarks.shell import told_errors
+from benchmarks.versions import versions
+from benchmarks.voc2007.methods import ridge
+from featxfer import FEATURES_RECIPE, Degradation, VOCDevkit
+from featxfer._files import write_atomic
+from featxfer.features import default_cache
+from featxfer_integrations import CorruptedDegradation
+
+SIZES = (16, 24, 32, 48, 64, 96, 128)
+SMALL = 64
+"""Side of the LR image that corruptions act on, pixels."""
+
+
+def named_views(kind: str, hr_size: int) -> dict[str, Degradation]:
+    """The degradations of a table by name."""
+    if kind == "sizes":
+        return {f"{size} px": Degradation(hr_size=hr_size, lr_size=size) for size in SIZES}
+    sizes: dict[str, Any] = {"hr_size": hr_size, "lr_size": SMALL}
+    corruptions: dict[str, dict[str, Any]] = {
+        "": {},
+        ", JPEG 20": {"jpeg_quality": 20},
+        ", blur 1.5": {"blur_sigma": 1.5},
+        ", noise 0.1": {"noise_std": 0.1},
+        ", blur 1, noise 0.05, JPEG 40": {"blur_sigma": 1.0, "noise_std": 0.05, "jpeg_quality": 40},
+    }
+    return {
+        f"{SMALL} px{name}": CorruptedDegradation(**sizes, **options)
+        for name, options in corruptions.items()
+    }
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--root", type=Path, required=True, help="A devkit in VOC layout.")
+@click.option("--views", "kind", default="sizes", type=click.Choice(["sizes", "corruptions"]))
+@click.option("--backbone", default="timm/tf_efficientnet_lite0")
+@click.option("--weights", default="demo", help="pretrained, demo or a file.")
+@click.option("--hr-size", default=224, help="Side of the model's input, pixels.")
+@click.option("--seeds", default=3)
+@click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
+@click.option("--out", type=Path, help="[default: runs/gap-VIEWS]")
+def main(
+    root: Path,
+    kind: str,
+    backbone: str,
+    weights: str,
+    hr_size: int,
+    seeds: int,
+    cache: Path | None,
+    out: Path | None,
+) -> None:
+    """Writes results.json and summary.md. May be interrupted; the same command goes on."""
+    with told_errors():
+        study = Study(backbone, weights, VOCDevkit(root), cache or default_cache(), hr_size)
+        out = out or Path("runs") / f"gap-{kind}"
+        results = run(study, named_views(kind, hr_size), seeds)
+        results["config"] |= {"backbone": backbone, "weights": weights, "views": kind}
+        summary = to_markdown(results)
+        write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_atomic(out / "summary.md", summary.encode())
+        click.echo(summary)
+        click.echo(f"Wrote results.json and summary.md to {out}")
+
+
+def run(study: Study, views: dict[str, Degradation], seeds: int) -> dict[str, Any]:
+    """Tables by the degradation that is judged; rows are heads by what they were trained on."""
+    rows: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in views}
+    for name, view in tqdm(views.items(), desc="plain features", disable=None):
+        key: dict[str, Any] = {"views": "plain", "view": view.to_dict()}
+        found = study.figures(key, lambda: {"rows": _plain(study, view)})["rows"]  # noqa: B023
+        for label, figures in zip(("HR", "LR", "ridge regression"), found, strict=True):
+            rows[name][label] = [figures]
+    trained = {**{f"head of {name}": [view] for name, view in views.items()}}
+    trained["one head for all"] = list(views.values())
+    for label, known in tqdm(trained.items(), desc="heads", disable=None):
+        for seed in range(seeds):
+            key = {
+                "views": [view.to_dict() for view in views.values()],
+                "trained on": [view.to_dict() for view in known],
+                "recipe": FEATURES_RECIPE.to_dict(),
+                "seed": seed,
+            }
+            found = study.figures(
+                key,
+                lambda: {"rows": _head(study, known, list(views.values()), seed)},  # noqa: B023
+            )["rows"]
+            for name, figures in zip(views, found, strict=True):
+                rows[name].setdefault(label, []).append(figures)
+    return {
+        "config": {"hr_size": study.hr_size, "seeds": seeds, "protocol": study.protocol.name},
+        "images": {split: len(study.images(split)) for split in ("trainval", "test")},
+        "versions": versions(),
+        "tables": {name: with_gaps(table) for name, table in rows.items()},
+    }
+
+
+def _plain(study: Study, view: Degradation) -> list[dict[str, float]]:
+    train, test = (study.features(split, view) for split in ("trainval", "test"))
+    _, mapped = ridge((train.lr, test.lr), train.hr)
+    return [study.judge(Rows(None, rows)) for rows in (test.hr, test.lr, mapped)]
+
+
+def _head(
+    study: Study, known: list[Degradation], views: list[Degradation], seed: int
+) -> list[dict[str, Any]]:
+    head, _ = fit_pooled_head(study, known, seed, study.images("trainval"))
+    found = []
+    for view in views:
+        test = study.features("test", view)
+        found.append(study.judge(Rows(None, head.transfer(test.lr), head.transfer(test.hr))))
+    return found
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """Deploy mAP by degradation and row, then the gap recovered, then what HR images lose."""
+    tables = results["tables"]
+    parts = []
+    for heading, name in (
+        ("Deploy mAP, %", "deploy"),
+        ("Gap recovered, %", "deploy gap"),
+        ("HR images lose, mAP points", "hr loss"),
+    ):
+        by_row: dict[str, dict[str, Any]] = {}
+        for view, table in tables.items():
+            for label, figures in table.items():
+                if name in figures:
+                    by_row.setdefault(label, {})[view] = figures[name]
+        columns = [(view, view, 1) for view in tables]
+        parts.append(f"{heading}:\n\n{grid(by_row, columns)}")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.gap.views")

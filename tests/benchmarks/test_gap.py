@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from click.testing import CliRunner
+
+from benchmarks.gap import __main__ as gap
+from benchmarks.gap import methods, views
+from benchmarks.gap.study import Study, small, subset
+from benchmarks.gap.tables import few_labels, to_markdown, with_gaps
+from benchmarks.voc2007.sample_devkit import render_sample
+from featxfer import PROTOCOLS, Recipe, VOCDevkit
+
+FOLDER = Path(gap.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A small model with random weights on a rendered devkit."""
+    folder = tmp_path_factory.mktemp("gap")
+    torch.manual_seed(0)
+    weights = folder / "w.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), weights)
+    devkit = render_sample(folder / "devkit", trainval=30, test=16)
+    return Study(
+        "timm/test_resnet",
+        str(weights),
+        VOCDevkit(devkit),
+        folder / "cache",
+        64,
+        PROTOCOLS["plain"],
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short recipes, and no warning that a head for random features does not help."""
+    short = Recipe(epochs=2, batch_size=16, learning_rate=1e-3, optimizer="adamw")
+    for name in ("FEATURES_RECIPE", "BLOCK_RECIPE"):
+        monkeypatch.setattr(f"featxfer_integrations.fit.{name}", short)
+    monkeypatch.setattr("featxfer_integrations.fit._warn_if_useless", lambda _: None)
+
+
+def arguments(study: Study, out: Path, *more: object) -> list[str]:
+    given = [
+        *("--root", study.devkit.root, "--backbone", study.name, "--weights", study.weights),
+        *("--hr-size", 64, "--cache", study.cache, "--out", out, *more),
+    ]
+    return [str(part) for part in given]
+
+
+def test_all_methods_give_their_rows_and_are_kept(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = arguments(study, tmp_path, "--lr-size", 16, "--seeds", 1, "--protocol", "plain")
+    first = CliRunner().invoke(gap.main, given)
+    assert first.exit_code == 0, first.output
+    for name in ("fit_transfer", "ridge", "through_blocks"):
+        monkeypatch.setattr(methods, name, lambda *_, **__: pytest.fail("computed again"))
+    second = CliRunner().invoke(gap.main, given)
+    assert second.stdout == first.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    table = results["table"]
+    assert list(table) == [label for m in methods.METHODS.values() for label in m.labels]
+    assert table["LR"]["hr loss"]["mean"] == 0
+    for label in ("deep: blocks", "deep: blocks and head"):
+        assert table[label]["parameters"]["mean"] > 0
+        assert {"deploy", "accuracy", "retrain", "hr", "few-1", "few-10"} <= set(table[label])
+    assert table["deep: blocks"]["block_macs_14"]["mean"] > 0
+    paper = table["the paper's head (nearest labels)"]
+    assert "deploy" not in paper
+    assert paper["retrain"]["mean"] > 0
+    assert results["self_check"]["runs"] >= 5
+    assert (tmp_path / "summary.md").read_text() == (to_markdown(table) + "\n" + few_labels(table))
+
+
+def test_unknown_methods_are_told(study: Study, tmp_path: Path) -> None:
+    told = CliRunner().invoke(gap.main, arguments(study, tmp_path, "--methods", "magic"))
+    assert told.exit_code == 2
+    assert "got magic, wanted some of plain, ridge" in told.output
+
+
+@pytest.mark.parametrize("kind", ["sizes", "corruptions"])
+def test_views(study: Study, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "SIZES", (16, 32))
+    monkeypatch.setattr(views, "SMALL", 24)
+    given = arguments(study, tmp_path, "--views", kind, "--seeds", 2)
+    told = CliRunner().invoke(views.main, given)
+    assert told.exit_code == 0, told.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    names = list(views.named_views(kind, 64))
+    assert list(results["tables"]) == names
+    for table in results["tables"].values():
+        heads = [f"head of {name}" for name in names]
+        assert list(table) == ["HR", "LR", "ridge regression", *heads, "one head for all"]
+        assert len(table["one head for all"]["deploy"]["values"]) == 2
+    assert views.to_markdown(results) in told.output
+
+
+def test_gaps_are_between_lr_and_hr() -> None:
+    rows = {
+        "HR": [{"deploy": 90.0, "hr": 90.0}],
+        "LR": [{"deploy": 70.0, "hr": 90.0}],
+        "x": [{"deploy": 75.0, "hr": 89.0}, {"deploy": 85.0, "hr": 89.0}],
+    }
+    table = with_gaps(rows)
+    assert table["x"]["deploy gap"]["values"] == [25.0, 75.0]
+    assert table["x"]["hr loss"]["mean"] == 1.0
+    assert "| x | 80.0 ±" in to_markdown(table)
+    same = with_gaps({"HR": [{"deploy": 1.0}], "LR": [{"deploy": 1.0}]})
+    assert "deploy gap" not in same["LR"]
+
+
+def test_halves_and_small_photographs(study: Study) -> None:
+    images = study.images("trainval")
+    part = subset(images, [4, 2])
+    assert part.ids == (images.ids[4], images.ids[2])
+    assert torch.equal(part.read(1), images.read(2))
+    tiny = small(part, 16)
+    assert tiny.read(0).shape == (3, 16, 16)
+    assert len({images.fingerprint, part.fingerprint, tiny.fingerprint}) == 3
+    view = study.view(16)
+    assert torch.equal(view.hr(tiny.read(0)), view.lr(images.read(4)))
+
+
+def test_the_self_check_ranks_heads_by_what_they_gain() -> None:
+    def run(cosine: float, deploy: float) -> dict[str, Any]:
+        check = dict.fromkeys(gap.SELF_CHECKS, 0.5)
+        return {"deploy": deploy, "self_check": [{**check, "cosine_gap": cosine}]}
+
+    rows = {"a": [run(0.1, 70.0), run(0.2, 72.0)], "b": [run(0.4, 80.0)], "LR": [{"deploy": 60.0}]}
+    assert gap.self_check(rows) == {"runs": 3, "cosine_gap": 1.0}
+    assert gap.self_check({}) == {}

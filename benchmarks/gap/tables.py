@@ -33,7 +33,7 @@ def with_gaps(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]
                 and name.startswith(("deploy", "accuracy", "retrain", "few"))
                 and high[name] > low[name]
             }
-            cost = {"hr loss": high["hr"] - run["hr"]} if "hr" in run else {}
+            cost = {"hr loss": high["hr"] - run["hr"]} if "hr" in run and "hr" in high else {}
             found.append({**run, **gaps, **cost})
         table[label] = summarised(found)
     return table

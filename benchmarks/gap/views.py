@@ -115,7 +115,10 @@ def run(study: Study, views: dict[str, Degradation], seeds: int) -> dict[str, An
 def _plain(study: Study, view: Degradation) -> list[dict[str, float]]:
     train, test = (study.features(split, view) for split in ("trainval", "test"))
     _, mapped = ridge((train.lr, test.lr), train.hr)
-    return [study.judge(Rows(None, rows)) for rows in (test.hr, test.lr, mapped)]
+    return [
+        study.judge(Rows(None, test.hr, test.hr)),
+        *(study.judge(Rows(None, rows)) for rows in (test.lr, mapped)),
+    ]
 
 
 def _head(

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.gap import __main__ as gap
-from benchmarks.gap import methods, views
+from benchmarks.gap import methods, tune, views
 from benchmarks.gap.study import Study, small, subset
 from benchmarks.gap.tables import few_labels, to_markdown, with_gaps
 from benchmarks.voc2007.sample_devkit import render_sample
@@ -137,3 +137,34 @@ def test_the_self_check_ranks_heads_by_what_they_gain() -> None:
     rows = {"a": [run(0.1, 70.0), run(0.2, 72.0)], "b": [run(0.4, 80.0)], "LR": [{"deploy": 60.0}]}
     assert gap.self_check(rows) == {"runs": 3, "cosine_gap": 1.0}
     assert gap.self_check({}) == {}
+
+
+@pytest.mark.parametrize("part", ["head", "blocks"])
+def test_tuning_sees_no_test_image(
+    study: Study, tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = Study.labels
+    monkeypatch.setattr(tune, "RECIPES", (("epochs", 3),))
+    monkeypatch.setattr(tune, "CLUSTERS", (2,))
+    monkeypatch.setattr(tune, "HIDDEN", (8,))
+    shape = {"units": 1, "kernel_size": 3, "hidden_channels": 8}
+    monkeypatch.setattr(tune, "SHAPES", {"one": (("layer2",), shape)})
+
+    def trainval_alone(self: Study, split: str) -> Any:
+        assert split == "trainval"
+        return labels(self, split)
+
+    given = arguments(study, tmp_path, "--part", part, "--lr-size", 16, "--seconds", 0.01)
+    given += ["--protocol", "plain"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "identity", {"split": "trainval"})
+        patch.setattr(Study, "labels", trainval_alone)
+        told = CliRunner().invoke(tune.main, given)
+    assert told.exit_code == 0, told.output
+    table = json.loads((tmp_path / "results.json").read_text())["table"]
+    heads = ["default", "epochs 3", "2 clusters", "8 hidden"]
+    assert list(table) == (heads if part == "head" else ["one"])
+    for figures in table.values():
+        assert 0 <= figures["deploy"]["mean"] <= 100
+        assert "held-out cosine_gap" in figures
+    assert tune.to_markdown(table) in told.output

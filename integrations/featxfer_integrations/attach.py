@@ -302,7 +302,9 @@ def _check_options(
 
 
 def _warn_of_degradation(module: TransferModule, degradation: Degradation | None) -> None:
-    if module.card is None or degradation in (None, *module.card.degradations):
+    if module.card is None or not module.card.degradations:
+        return
+    if degradation in (None, *module.card.degradations):
         return
     trained = ", ".join(d.to_json() for d in module.card.degradations)
     warnings.warn(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from featxfer import (
@@ -326,3 +327,75 @@ def test_a_head_that_does_not_help_is_warned_of(
     idle = Recipe(epochs=1, learning_rate=1e-30)
     with pytest.warns(UserWarning, match="the head does not help: held-out cosine"):
         fit(model, drawings, tmp_path, degradation=same, recipe=idle)
+
+
+@pytest.fixture
+def small_photographs(drawings: Path, tmp_path: Path) -> Path:
+    """Half of the drawings as LR files, of 8 x 8 pixels."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    for path in sorted(drawings.iterdir())[:30]:
+        Image.open(path).resize((8, 8), Image.Resampling.BICUBIC).save(folder / path.name)
+    return folder
+
+
+@pytest.mark.parametrize("unpaired", ["moments", "balance", "transport"])
+def test_lr_photographs_without_pairs(
+    model: nn.Module, drawings: Path, small_photographs: Path, tmp_path: Path, unpaired: str
+) -> None:
+    others = sorted(drawings.iterdir())[30:]
+    options = {"lr_images": small_photographs, "unpaired": unpaired, "depth": "auto"}
+    fitted = fit(model, others, tmp_path, **options)
+    assert (fitted.images, fitted.depth, fitted.held_out) == (30, "pooled", [])
+    head = transfers_of(model)["pooled"]
+    assert head.card is not None
+    assert head.card.degradations == ()
+    assert head.card.details["unpaired"] == unpaired
+    head.save_pretrained(tmp_path / "head")
+    assert load_head(tmp_path / "head")[1].details["objective"] == "prototypes"
+    features = torch.randn(4, head.in_features)
+    assert not torch.equal(head.eval()(features), features)
+    detach_transfer(model)
+    attach_transfer(model, head=tmp_path / "head", degradation=LR)
+
+
+def test_without_pairs_there_is_no_deep_and_no_clusters_head(
+    model: nn.Module, drawings: Path, small_photographs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="lr_images: got some with depth='deep'"):
+        fit(model, drawings, tmp_path, lr_images=small_photographs, depth="deep")
+    with pytest.raises(ValueError, match="unpaired: got 'gan'"):
+        fit(model, drawings, tmp_path, lr_images=small_photographs, unpaired="gan")
+    assert not is_attached(model)
+    attach_transfer(model, output="clusters")
+    with pytest.raises(AttachError, match='lr_images: a head with output "clusters"'):
+        fit(model, drawings, tmp_path, lr_images=small_photographs)
+    one = sorted(small_photographs.iterdir())[:1]
+    detach_transfer(model)
+    with pytest.raises(ValueError, match="lr: got 1 features, wanted at least 2"):
+        fit(model, drawings, tmp_path, lr_images=one)
+    assert not is_attached(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "regression"},
+        {"objective": "contrast"},
+        {"objective": "labels"},
+        {"clusters": [5, 3]},
+        {"warm_start": True},
+    ],
+    ids=str,
+)
+def test_objectives_by_name(
+    model: nn.Module, drawings: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    (pairs,) = fit(model, drawings, tmp_path, held_out=0.25, **options).held_out
+    assert pairs.after.cosine > pairs.before.cosine
+
+
+def test_an_unknown_objective(model: nn.Module, drawings: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="objective: got 'mse', wanted one of"):
+        fit(model, drawings, tmp_path, objective="mse")
+    assert not is_attached(model)

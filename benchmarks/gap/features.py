@@ -13,7 +13,7 @@ from featxfer import Degradation
 from featxfer_integrations import transfers_of
 from featxfer_integrations._attach import is_attached
 from featxfer_integrations.attach import find_place, host_of
-from featxfer_integrations.deep import features_of, open_maps
+from featxfer_integrations.deep import extract_maps, features_of, maps_backbone, open_rest
 from featxfer_integrations.fit import host_backbone
 
 
@@ -42,14 +42,14 @@ def through_blocks(study: Study, model: nn.Module, split: str, view: Degradation
     name = host.deep_module(study.model)
     assert name is not None
     stage = places[0] if places else find_place(study.model, at=name)
-    rest, maps = open_maps(
-        study.model,
-        host_backbone(study.model, pooled),
-        stage,
-        pooled,
+    rest, shape = open_rest(study.model, stage, pooled, study.hr_size)
+    maps = extract_maps(
+        maps_backbone(host_backbone(study.model, pooled), study.model, stage),
         study.images(split),
         [view],
         study.cache / "maps",
+        shape,
+        precision=rest.precision,
     )
     for place in places:
         assert transfers is not None

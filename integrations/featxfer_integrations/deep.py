@@ -97,10 +97,21 @@ def extract_maps(
     degradations: Sequence[Degradation],
     cache: Path,
     shape: tuple[int, ...],
-    crops: int,
+    *,
+    crops: int = 0,
     **options: object,
 ) -> Maps:
-    """Maps of all views, from the cache as far as it has them; errors as `extract_features`."""
+    """The maps of all images behind a stage, from the cache as far as it has them.
+
+    Args:
+        backbone: up to the stage (`maps_backbone`).
+        images: see `featxfer.open_images`.
+        degradations: of one hr_size.
+        cache: folder of the maps.
+        shape: of one image's maps.
+        crops: how many crops of each image there are besides.
+        **options: precision, batch_size, on_error of `extract_features`; errors as there.
+    """
     variants = [images, flipped(images), *(cropped(images, draw) for draw in range(crops))]
     pairs: list[dict[str, list[FeatureStore]]] = []
     for degradation in degradations:
@@ -113,53 +124,37 @@ def extract_maps(
     return Maps(shape, hr, [tuple(store.open_rows() for store in pair["lr"]) for pair in pairs])
 
 
-def open_maps(
-    model: nn.Module,
-    backbone: Backbone,
-    stage: Place,
-    pooled: Place,
-    images: Images,
-    degradations: Sequence[Degradation],
-    cache: Path,
-    *,
-    crops: int = 0,
-    precision: str = "auto",
-    **options: object,
-) -> tuple[Rest, Maps]:
-    """The model behind `stage`, and the maps of all images there.
+def open_rest(
+    model: nn.Module, stage: Place, pooled: Place, size: int, precision: str = "auto"
+) -> tuple[Rest, tuple[int, ...]]:
+    """The model behind `stage` as a module of its own, and the shape of one image's maps there.
 
     Args:
-        model: the host, without what is attached to it.
-        backbone: of the host, for the keys of the cache.
+        model: the host; what is attached to it is left out.
         stage: the place of the maps.
         pooled: the place of the feature.
-        images: see `featxfer.open_images`.
-        degradations: of one hr_size.
-        cache: folder of the maps.
-        crops: how many crops of each image there are besides.
+        size: side of the images, pixels.
         precision: "fp32", "bf16", or "auto": "bf16" where the hardware multiplies in it.
-        **options: batch_size, on_error of `extract_features`.
 
     Raises:
         AttachError: the feature hangs on more than these maps.
-        ImageError, StoreError, DiskError: as `extract_features`.
     """
     like = host_parameter(model)
     if precision == "auto":
         fast = bf16_is_fast(torch.device("cpu") if like is None else like.device)
         precision = "bf16" if fast else "fp32"
-    size = degradations[0].hr_size
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     if like is not None:
         image = image.to(like.device, like.dtype)
     rest = Rest(model, stage, pooled, image, precision)
     with torch.no_grad():
         shape = tuple(take_feature(model, stage, image).shape[1:])
-    first = dataclasses.replace(backbone, module=MapAt(model, stage))
-    maps = extract_maps(
-        first, images, degradations, cache, shape, crops, precision=precision, **options
-    )
-    return rest, maps
+    return rest, shape
+
+
+def maps_backbone(backbone: Backbone, model: nn.Module, stage: Place) -> Backbone:
+    """The backbone of a host, up to the maps behind a stage."""
+    return dataclasses.replace(backbone, module=MapAt(model, stage))
 
 
 class _Views:
@@ -210,7 +205,6 @@ class DeepFit:
         lr: of LR views without blocks, of the images as they are, a degradation each.
         hr_through: of HR views through the blocks, of each variant.
         lr_through: of LR views through the blocks, of each variant, a degradation each.
-        seconds: of training, as told before and as it was.
     """
 
     blocks: dict[str, FeatureTransferBlock]
@@ -220,11 +214,6 @@ class DeepFit:
     lr: list[Tensor]
     hr_through: list[Tensor]
     lr_through: list[list[Tensor]]
-    seconds: tuple[float, float]
-
-
-class TooLongError(RuntimeError):
-    """Training would take longer than it may."""
 
 
 def train_blocks(
@@ -239,16 +228,14 @@ def train_blocks(
     objective: str = "prototypes",
     seed: int,
     recipe: Recipe | None = None,
-    minutes: float | None = None,
     hr_share: float = HR_SHARE,
     checkpoint: Callable[[str], Path] | None = None,
-    tell: Callable[[float], object] | None = None,
     callback: Callable[[EpochLog], object] | None = None,
 ) -> DeepFit:
     """Trains untrained blocks towards the HR features of the same images, through `rest`.
 
     Args:
-        rest: the model behind the first place.
+        rest: the model behind the first place, with the blocks attached.
         plans: the places, from the first to the last.
         blocks: an untrained block a place, by module.
         maps: at the first place.
@@ -258,14 +245,11 @@ def train_blocks(
         objective: a name of `featxfer.OBJECTIVES`.
         seed: of the clusters and of the order of rows.
         recipe: by default `BLOCK_RECIPE`.
-        minutes: the longest that training may take, by what one step takes; None: any time.
         hr_share: of the images, the share that each epoch sees as HR images too.
         checkpoint: from a key of all that training hangs on to a file; none: cannot be resumed.
-        tell: called with the estimate in seconds before training.
         callback: called after each epoch.
 
     Raises:
-        TooLongError: the estimate is over `minutes`; nothing was trained.
         ValueError: HR features without variance, more clusters than images.
         DivergenceError, CheckpointError, DiskError: as `PseudoLabelTrainer.fit_rows`.
     """
@@ -277,20 +261,10 @@ def train_blocks(
     variance = float((hr[0][train] - hr[0][train].mean(0)).square().sum(1).mean())
     goal = make_objective(objective, [part.centroids for part in clusterings], variance)
     for plan in plans:
-        block = blocks[plan.module]
-        block.set_input_statistics(_probe(rest, plan, maps, train))
-        rest.attach(plan.place, block)
+        blocks[plan.module].set_input_statistics(_probe(rest, plan, maps, train))
     rows = _Views(maps, hr, train, hr_share, vary=True)
     judged = _Views(maps, hr, test, 1.0, vary=False) if len(test) else None
     trainer = PseudoLabelTrainer(rest, recipe, objective=goal, seed=seed)
-    expected = _estimate(trainer, rows)
-    if minutes is not None and expected > 60 * minutes:
-        raise TooLongError(
-            f"blocks would train for about {expected / 60:.0f} minutes, over minutes={minutes:g}"
-        )
-    if tell is not None:
-        tell(expected)
-    start = time.perf_counter()
     path = None
     if checkpoint is not None:
         path = checkpoint(
@@ -303,14 +277,11 @@ def train_blocks(
             )
         )
     log = trainer.fit_rows(rows, held_out=judged, checkpoint=path, callback=callback)
-    took = time.perf_counter() - start
     rest.eval()
     through = [[features_of(rest, maps, rows) for rows in view] for view in maps.views]
     if path is not None:
         path.unlink(missing_ok=True)
-    return DeepFit(
-        dict(blocks), log, clusterings, hr, lr, through[-1], through[:-1], (expected, took)
-    )
+    return DeepFit(dict(blocks), log, clusterings, hr, lr, through[-1], through[:-1])
 
 
 @torch.no_grad()
@@ -334,21 +305,32 @@ def _probe(rest: Rest, plan: BlockPlan, maps: Maps, train: Tensor) -> Tensor:
     return rest.maps_at(plan.place, first.to(device))
 
 
-def _estimate(trainer: PseudoLabelTrainer, rows: _Views) -> float:
-    """Seconds that training will take, from two forward and backward passes without an update."""
-    device = next(trainer.head.parameters()).device
-    order = rows.order(torch.Generator().manual_seed(0))
-    batches = order.split(trainer.recipe.batch_size)
-    took = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for _ in range(2):
-            start = time.perf_counter()
-            inputs, targets = (part.to(device) for part in rows.take(batches[0]))
-            loss, _right = trainer.objective(trainer.head(inputs), targets)
-            loss.backward()
-            trainer.optimizer.zero_grad(set_to_none=True)
-            took.append(time.perf_counter() - start)
-    return took[-1] * len(order) / len(batches[0]) * trainer.recipe.epochs
+def estimate_seconds(rest: Rest, shape: tuple[int, ...], recipe: Recipe, rows: int) -> float:
+    """Seconds that training will take: of two steps on noise, the second, times all steps.
+
+    Args:
+        rest: with untrained blocks attached.
+        shape: of one image's maps.
+        recipe: of the training.
+        rows: of one epoch.
+    """
+    device = next(rest.parameters()).device
+    count = min(recipe.batch_size, rows)
+    maps = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    took = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        rest(maps).square().mean().backward()
+        rest.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - start
+    return took * recipe.epochs * rows / count
+
+
+def epoch_rows(images: int, degradations: int, hr_share: float = HR_SHARE) -> int:
+    """Rows of one epoch of blocks."""
+    return images * degradations + round(images * hr_share)
 
 
 def _key(

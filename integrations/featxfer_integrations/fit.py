@@ -63,8 +63,11 @@ from featxfer_integrations._attach import (
 from featxfer_integrations.attach import backbone_sha256, find_place, host_of, maps_at
 from featxfer_integrations.deep import (
     BlockPlan,
-    TooLongError,
-    open_maps,
+    epoch_rows,
+    estimate_seconds,
+    extract_maps,
+    maps_backbone,
+    open_rest,
     train_blocks,
 )
 
@@ -233,12 +236,8 @@ def fit_transfer(
     )
     trained = None
     if plans:
-        try:
-            trained = _fit_deep(
-                task, plans, recipe, block_recipe, crops, minutes if depth == "auto" else None
-            )
-        except TooLongError as error:
-            tell(f"a head alone: {error}")
+        longest = minutes if depth == "auto" else None
+        trained = _fit_deep(task, plans, recipe, block_recipe, crops, longest)
     if trained is None:
         trained = _fit_pooled(task, recipe)
     for module, modules_place in trained.modules:
@@ -357,25 +356,38 @@ def _fit_deep(
     block_recipe: Recipe | None,
     crops: int,
     minutes: float | None,
-) -> _Trained:
-    """Blocks through the frozen layers behind them, then a head on what comes out."""
-    model, first = task.model, plans[0].place
-    rest, maps = open_maps(
-        model,
-        task.backbone,
-        first,
-        task.place,
+) -> _Trained | None:
+    """Blocks through the frozen layers behind them, then a head on what comes out.
+
+    None where training would take longer than it may.
+    """
+    model, first, view = task.model, plans[0].place, task.views[0]
+    rest, shape = open_rest(model, first, task.place, view.hr_size, task.precision)
+    blocks = {plan.module: _new_block(model, plan, task.seed) for plan in plans}
+    for plan in plans:
+        rest.attach(plan.place, blocks[plan.module])
+    block_recipe = block_recipe or BLOCK_RECIPE
+    kept = len(_split(len(task.images), task.held_out, task.seed)[0])
+    seconds = estimate_seconds(rest, shape, block_recipe, epoch_rows(kept, len(task.views)))
+    if minutes is not None and seconds > 60 * minutes:
+        tell(
+            f"a head alone: blocks would train for about {seconds / 60:.0f} minutes, "
+            f"over minutes={minutes:g}"
+        )
+        return None
+    tell(f"training blocks takes about {seconds / 60:.1f} minutes, after their maps are taken")
+    maps = extract_maps(
+        maps_backbone(task.backbone, model, first),
         task.images,
         task.views,
         task.cache / "maps",
+        shape,
         crops=crops,
-        precision=task.precision,
+        precision=rest.precision,
         **task.options,
     )
     train, test = _split(len(maps.hr[0]), task.held_out, task.seed)
-    blocks = {plan.module: _new_block(model, plan, task.seed) for plan in plans}
-    block_recipe = block_recipe or BLOCK_RECIPE
-    with _epochs(block_recipe, "training blocks") as (bar, advance):
+    with _epochs(block_recipe, "training blocks") as advance:
         deep = train_blocks(
             rest,
             plans,
@@ -387,11 +399,7 @@ def _fit_deep(
             objective=task.objective,
             seed=task.seed,
             recipe=block_recipe,
-            minutes=minutes,
             checkpoint=lambda key: task.cache / "training" / f"{key}.safetensors",
-            tell=lambda seconds: tell(
-                f"training blocks takes about {seconds / 60:.1f} minutes", bar
-            ),
             callback=advance,
         )
     head = _new_head(task, deep.hr[0].shape[1], len(train))
@@ -453,7 +461,7 @@ def _fit_unpaired(task: _Task, recipe: Recipe | None, lr_images: Images, unpaire
     recipe = recipe or FEATURES_RECIPE
     clusterings = _clusterings(task, head, hr)
     targets = unpaired_targets(unpaired, hr, lr, clusterings[0])
-    with _epochs(recipe, "training the head") as (_, advance):
+    with _epochs(recipe, "training the head") as advance:
         log = fit_features_head(
             head,
             hr,
@@ -479,9 +487,9 @@ def _fit_unpaired(task: _Task, recipe: Recipe | None, lr_images: Images, unpaire
     return _Trained(fit, [(head, task.place)])
 
 
-def tell(message: str, bar: Any = None) -> None:
-    """One line on stderr, above a progress bar if there is one."""
-    (bar or tqdm).write(f"featxfer: {message}", file=sys.stderr)
+def tell(message: str) -> None:
+    """One line on stderr."""
+    tqdm.write(f"featxfer: {message}", file=sys.stderr)
 
 
 def backbone_of(
@@ -673,7 +681,7 @@ def _train(
     recipe: Recipe,
     clusterings: Sequence[Clustering],
 ) -> list[EpochLog]:
-    with _epochs(recipe, "training the head") as (_, advance):
+    with _epochs(recipe, "training the head") as advance:
         if head.output == "features":
             return fit_features_head(
                 head,
@@ -694,14 +702,14 @@ def _train(
 
 
 @contextmanager
-def _epochs(recipe: Recipe, what: str) -> Iterator[tuple[Any, Callable[[EpochLog], None]]]:
-    """A progress bar, and what moves it on after an epoch."""
+def _epochs(recipe: Recipe, what: str) -> Iterator[Callable[[EpochLog], None]]:
+    """What moves a progress bar on after an epoch."""
     with tqdm(total=recipe.epochs, desc=what, unit="epoch", disable=None) as bar:
 
         def advance(entry: EpochLog) -> None:
             bar.update(entry.epoch + 1 - bar.n)
 
-        yield bar, advance
+        yield advance
 
 
 def _reports(
@@ -735,11 +743,15 @@ def _put(model: nn.Module, place: Place, module: TransferModule) -> None:
 
 
 def _warn_if_useless(fitted: TransferFit) -> None:
-    """Warns where the head brings held-out LR features no nearer to their HR features."""
+    """Warns where there is no gap, or held-out LR features come no nearer to their HR features."""
     for part in fitted.held_out:
-        if part.after.cosine <= part.before.cosine:
-            warnings.warn(
+        if part.before.cosine > 1 - 1e-6:
+            message = "LR features are the HR features: there is no gap to recover"
+        elif part.after.cosine <= part.before.cosine:
+            message = (
                 f"the head does not help: held-out cosine {part.before.cosine:.3f} before, "
-                f"{part.after.cosine:.3f} after",
-                stacklevel=3,
+                f"{part.after.cosine:.3f} after"
             )
+        else:
+            continue
+        warnings.warn(message, stacklevel=3)

@@ -191,7 +191,7 @@ def test_views_are_every_image_in_each_lr_view_and_a_share_in_hr(
         host_backbone(model, find_place(model)), module=MapAt(model, place)
     )
     views = [LR, Degradation(hr_size=32, lr_size=16)]
-    maps = extract_maps(backbone, open_images(drawings), views, tmp_path, (32, 8, 8), 0)
+    maps = extract_maps(backbone, open_images(drawings), views, tmp_path, (32, 8, 8))
     targets = [torch.arange(60.0)[:, None], -torch.arange(60.0)[:, None]]
     train = torch.arange(10, 50)
     rows = _Views(maps, targets, train, 0.5, vary=True)

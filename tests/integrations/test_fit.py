@@ -399,3 +399,10 @@ def test_an_unknown_objective(model: nn.Module, drawings: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="objective: got 'mse', wanted one of"):
         fit(model, drawings, tmp_path, objective="mse")
     assert not is_attached(model)
+
+
+def test_no_gap_is_told(model: nn.Module, drawings: Path, tmp_path: Path) -> None:
+    same = Degradation(hr_size=32, lr_size=32)
+    with pytest.warns(UserWarning, match="there is no gap to recover"):
+        (pairs,) = fit(model, drawings, tmp_path, degradation=same).held_out
+    assert pairs.cosine_gap_recovered == 0

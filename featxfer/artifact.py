@@ -137,6 +137,7 @@ def check_fit(
 
 def card_readme(kind: str, config: Mapping[str, Any], card: Card) -> str:
     """The card as a README with the front matter that the model hub reads."""
+    at = f', at="{card.details["at"]}"' if "at" in card.details else ""
     lines = [
         "---",
         "library_name: featxfer",
@@ -151,7 +152,7 @@ def card_readme(kind: str, config: Mapping[str, Any], card: Card) -> str:
         "```python",
         "from featxfer_integrations import attach_transfer",
         "",
-        "model = attach_transfer(model, head=PATH_OR_HUB_ID)",
+        f"model = attach_transfer(model, head=PATH_OR_HUB_ID{at})",
         "```",
         "",
         "| | |",

@@ -4,6 +4,8 @@ from featxfer_integrations._attach import AttachError, transfers_of
 from featxfer_integrations.attach import (
     attach_transfer,
     detach_transfer,
+    load_transfers,
+    save_transfers,
     train_transfer_only,
     transfer_disabled,
 )
@@ -23,6 +25,8 @@ __all__ = [
     "fit_transfer",
     "load_backbone",
     "load_model",
+    "load_transfers",
+    "save_transfers",
     "train_transfer_only",
     "transfer_disabled",
     "transfers_of",

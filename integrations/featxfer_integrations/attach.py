@@ -27,6 +27,7 @@ from featxfer_integrations._attach import (
     disabled,
     host_parameter,
     install,
+    is_attached,
     remove_all,
     take_feature,
     transfers_of,
@@ -147,6 +148,53 @@ def attach_transfer(
         check_fit(module, module.card, source, in_features=width, backbone_sha256=sha256)
         _warn_of_degradation(module, degradation)
     install(model, place, module, dtype)
+    return model
+
+
+def save_transfers(model: nn.Module, folder: str | Path) -> Path:
+    """Writes all that is attached into `folder`, a subfolder a place, and returns it.
+
+    Raises `AttachError` if nothing is attached, and as `save_pretrained` of each: `ValueError` for
+    what has no card, `DiskError`.
+    """
+    transfers = transfers_of(model)
+    for name in transfers:
+        if transfers[name].card is None:
+            raise ValueError(f"model: what is attached at {name!r} has no card; train it first")
+    for name in transfers:
+        transfers[name].save_pretrained(Path(folder) / name)
+    return Path(folder)
+
+
+def load_transfers(model: M, folder: str | Path, *, degradation: Degradation | None = None) -> M:
+    """Attaches all that `save_transfers` wrote, each at its place, and returns the model.
+
+    Args:
+        model: of the same weights, with nothing attached.
+        folder: as `save_transfers` wrote it.
+        degradation: as in `attach_transfer`.
+
+    Raises:
+        AttachError: something is attached already. The model is as it was, as with all errors.
+        FileNotFoundError: nothing is saved there.
+        ArtifactError: as `attach_transfer`.
+    """
+    check_host(model)
+    if is_attached(model):
+        raise AttachError("model: something is attached already; detach_transfer first")
+    parts = sorted(path.parent for path in Path(folder).glob("*/card.json"))
+    if not parts:
+        raise FileNotFoundError(f"folder: nothing that save_transfers wrote is in {folder}")
+    modules = [load_head(part)[0] for part in parts]
+    try:
+        for module in modules:
+            details = {} if module.card is None else module.card.details
+            name = "at" if isinstance(module, FeatureTransferBlock) else "where"
+            attach_transfer(model, module, degradation=degradation, **{name: details.get(name)})
+    except Exception:
+        if is_attached(model):
+            remove_all(model)
+        raise
     return model
 
 

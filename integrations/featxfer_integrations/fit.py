@@ -60,7 +60,13 @@ from featxfer_integrations._attach import (
     take_feature,
     transfers_of,
 )
-from featxfer_integrations.attach import backbone_sha256, find_place, host_of, maps_at
+from featxfer_integrations.attach import (
+    backbone_sha256,
+    find_place,
+    host_of,
+    maps_at,
+    module_place,
+)
 from featxfer_integrations.deep import (
     BlockPlan,
     epoch_rows,
@@ -287,6 +293,7 @@ class _Task:
                 "images": fit.images,
                 "images_fingerprint": self.images.fingerprint,
                 "objective": self.objective,
+                **_where(self.model, self.place),
                 "seed": self.seed,
                 "diagnostics": [part.summary() for part in fit.diagnostics],
                 "held_out": [
@@ -570,6 +577,15 @@ def _place(model: nn.Module, where: str | None) -> Place:
     if not isinstance(attached_at(model, place), FeatureTransferHead | None):
         raise AttachError(f"where: a block is attached at {place.name!r}, wanted a head")
     return place
+
+
+def _where(model: nn.Module, place: Place) -> dict[str, str]:
+    """What `where` was for a place that is not the model's own."""
+    if place.name == "pooled":
+        return {}
+    names = [n for n, _ in model.named_modules() if n and n.partition(".")[0] != CHILD]
+    found = (name for name in names if module_place(model, name).name == place.name)
+    return {"where": next(found)}
 
 
 def _plans(

@@ -168,3 +168,17 @@ def test_tuning_sees_no_test_image(
         assert 0 <= figures["deploy"]["mean"] <= 100
         assert "held-out cosine_gap" in figures
     assert tune.to_markdown(table) in told.output
+
+
+RESULTS = sorted((FOLDER / "results").glob("caltech101-*"))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_the_readme_shows_what_the_results_hold(folder: Path) -> None:
+    results, readme = json.loads((folder / "results.json").read_text()), FOLDER / "README.md"
+    text = readme.read_text()
+    if "table" in results:
+        assert to_markdown(results["table"]) in text
+        assert few_labels(results["table"]) in text
+    else:
+        assert views.to_markdown(results) in text

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from featxfer import Degradation, FeatureTransferBlock, FeatureTransferHead, Recipe
+from featxfer import ArtifactError, Degradation, FeatureTransferBlock, FeatureTransferHead, Recipe
 from featxfer.images import cropped, flipped, open_images
 from featxfer_integrations import (
     AttachError,
@@ -19,6 +19,8 @@ from featxfer_integrations import (
     backbone_of,
     detach_transfer,
     fit_transfer,
+    load_transfers,
+    save_transfers,
     transfer_disabled,
     transfers_of,
 )
@@ -106,10 +108,26 @@ def test_cards_say_where_blocks_go_and_fit_again(
     assert head.card.details["after"] == ["layer1"]
     for name, module in (("block", block), ("head", head)):
         module.save_pretrained(tmp_path / name)
+    readme = (tmp_path / "block" / "README.md").read_text()
+    assert 'attach_transfer(model, head=PATH_OR_HUB_ID, at="layer1")' in readme
+    third = copy.deepcopy(other)
     attach_transfer(other, head=tmp_path / "block", at="layer1")
     attach_transfer(other, head=tmp_path / "head")
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(other(images), model(images), rtol=1e-4, atol=1e-4)
+    saved = save_transfers(model, tmp_path / "all")
+    assert load_transfers(third, saved, degradation=LR) is third
+    assert torch.equal(third(images), other(images))
+    with pytest.raises(AttachError, match="something is attached already"):
+        load_transfers(third, saved)
+    detach_transfer(third)
+    with pytest.raises(FileNotFoundError, match="nothing that save_transfers wrote"):
+        load_transfers(third, tmp_path / "block")
+    with torch.no_grad():
+        next(third.parameters()).add_(1)
+    with pytest.raises(ArtifactError, match="wanted weights"):
+        load_transfers(third, saved)
+    assert not is_attached(third)
 
 
 def test_one_seed_gives_one_result_and_interrupted_training_goes_on(

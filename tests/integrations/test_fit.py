@@ -27,6 +27,8 @@ from featxfer_integrations import (
     detach_transfer,
     fit_transfer,
     load_backbone,
+    load_transfers,
+    save_transfers,
     transfer_disabled,
     transfers_of,
 )
@@ -211,6 +213,15 @@ def test_a_module_of_ones_own_at_a_map(drawings: Path, tmp_path: Path) -> None:
     fit(model, drawings, tmp_path)
     assert list(transfers_of(model)) == ["body"]
     assert not torch.equal(model(images), plain)
+    save_transfers(model, tmp_path / "saved")
+    changed = model(images)
+    load_transfers(detach_transfer(model), tmp_path / "saved")
+    assert list(transfers_of(model)) == ["body"]
+    assert torch.equal(model(images), changed)
+    transfers_of(model)["body"].card = None
+    with pytest.raises(ValueError, match="attached at 'body' has no card; train it first"):
+        save_transfers(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 class ChannelsLast(nn.Module):

@@ -40,43 +40,6 @@ def moment_targets(
     return (whitened @ _root(wanted, shrinkage, 0.5)).float() + wanted.mean(0)
 
 
-def balanced_targets(
-    hr: ArrayLike,
-    lr: ArrayLike,
-    clustering: Clustering,
-    *,
-    temperature: float = 0.05,
-    rounds: int = 50,
-) -> Tensor:
-    """Centroids weighted by assignments that are as frequent as those of HR features, `(n, d)`.
-
-    Soft assignments of LR features, their similarities to centroids after both means are taken
-    away, are scaled a cluster at a time until their mean over images is that of HR features (ours;
-    the marginal balance of self-labelling, Asano et al. 2020, on one side).
-
-    Args:
-        hr: HR features `(m, d)`.
-        lr: LR features `(n, d)` of other images.
-        clustering: of the HR features or of their directions.
-        temperature: of the assignments, > 0.
-        rounds: of the scaling.
-
-    Raises:
-        ValueError: other shapes, NaN or infinity, a temperature that is not > 0.
-    """
-    wanted, rows = _two_sets(hr, lr)
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature!r}, wanted > 0")
-    means, sizes = _cluster_means(wanted, clustering)
-    logits = _similarities(wanted, rows, means) / temperature
-    shift = torch.zeros(len(means))
-    share = sizes / sizes.sum()
-    for _ in range(rounds):
-        found = F.softmax(logits + shift, dim=1).mean(0)
-        shift = shift + (share / found.clamp(min=1e-12)).log()
-    return F.softmax(logits + shift, dim=1) @ means
-
-
 def transport_targets(
     hr: ArrayLike, lr: ArrayLike, clustering: Clustering, *, regularisation: float = 0.05
 ) -> Tensor:
@@ -84,7 +47,8 @@ def transport_targets(
 
     Entropic transport (Cuturi 2013; Courty et al. 2017 for domains) by POT, from LR features of
     equal mass to centroids with the mass of their clusters; the cost is 1 - cosine after both means
-    are taken away (ours).
+    are taken away (ours). Soft assignments that are scaled until clusters are as frequent as among
+    HR features (marginal balance) have the same fixed point, so they are not offered besides.
 
     Args:
         hr: HR features `(m, d)`.
@@ -115,7 +79,6 @@ def transport_targets(
 
 UNPAIRED: Mapping[str, Callable[[Tensor, Tensor, Clustering], Tensor]] = {
     "moments": moment_targets,
-    "balance": balanced_targets,
     "transport": transport_targets,
 }
 """Targets by name."""

@@ -207,7 +207,6 @@ METHODS: Mapping[str, Method] = {
     "warm": Method(("head: warm start by ridge",), True, pooled(warm_start=True)),
     "half": Method(("head, half of the images, pairs",), True, half()),
     "moments": Method(("head, two halves, moments",), True, half(unpaired="moments")),
-    "balance": Method(("head, two halves, balance",), True, half(unpaired="balance")),
     "transport": Method(("head, two halves, transport",), True, half(unpaired="transport")),
     "deep": Method(("deep: blocks", "deep: blocks and head", "deep, flips averaged"), True, deep),
 }

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featxfer import UNPAIRED, kmeans, unpaired_targets
+from featxfer import UNPAIRED, assign, kmeans, unpaired_targets
 from featxfer.pseudo_labels import Clustering
-from featxfer.unpaired import balanced_targets, moment_targets, transport_targets
+from featxfer.unpaired import moment_targets, transport_targets
 
 GENERATOR = torch.Generator().manual_seed(0)
 DIRECTIONS = torch.linalg.qr(torch.randn(8, 8, generator=GENERATOR))[0][:4] * 5
@@ -49,12 +49,26 @@ def test_moments_become_those_of_hr() -> None:
     torch.testing.assert_close(torch.cov(targets.T), torch.cov(HR.T), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("make", [balanced_targets, transport_targets])
-def test_clusters_are_as_frequent_as_in_hr(make: Any) -> None:
-    targets = make(HR, LR, CLUSTERING)
+def test_clusters_are_as_frequent_as_in_hr() -> None:
+    targets = transport_targets(HR, LR, CLUSTERING)
     found = torch.cdist(targets, 3 + DIRECTIONS).argmin(1)
     counts = torch.bincount(found, minlength=4) / len(LR)
     torch.testing.assert_close(counts, torch.tensor(SHARES), atol=0.06, rtol=0)
+
+
+def test_transport_is_the_fixed_point_of_balanced_assignments() -> None:
+    """Softmax assignments, scaled a cluster at a time until their shares are those of HR."""
+    labels = assign(F.normalize(HR, dim=1), F.normalize(CLUSTERING.centroids, dim=1))
+    means = torch.stack([HR[labels == c].mean(0) for c in range(8)])
+    rows, clusters = (
+        F.normalize(part - whole.mean(0), dim=1) for part, whole in ((LR, LR), (means, HR))
+    )
+    logits, shift = rows @ clusters.T / 0.05, torch.zeros(8)
+    shares = torch.bincount(labels, minlength=8) / len(HR)
+    for _ in range(500):
+        shift = shift + (shares / F.softmax(logits + shift, dim=1).mean(0)).log()
+    wanted = F.softmax(logits + shift, dim=1) @ means
+    torch.testing.assert_close(transport_targets(HR, LR, CLUSTERING), wanted, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("name", UNPAIRED)
@@ -82,8 +96,6 @@ def test_bad_settings() -> None:
         unpaired_targets("gan", HR, LR, CLUSTERING)
     with pytest.raises(ValueError, match="shrinkage: got 0, wanted in"):
         moment_targets(HR, LR, CLUSTERING, shrinkage=0)
-    with pytest.raises(ValueError, match="temperature: got 0, wanted > 0"):
-        balanced_targets(HR, LR, CLUSTERING, temperature=0)
     with pytest.raises(ValueError, match="regularisation: got -1, wanted > 0"):
         transport_targets(HR, LR, CLUSTERING, regularisation=-1)
 
@@ -103,5 +115,5 @@ def test_without_pot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_empty_cluster_is_left_out() -> None:
     far = torch.cat([CLUSTERING.centroids, -CLUSTERING.centroids.mean(0, keepdim=True)])
-    targets = balanced_targets(HR, LR, Clustering(far, 0.0, 0, "by hand"))
+    targets = transport_targets(HR, LR, Clustering(far, 0.0, 0, "by hand"))
     assert np.isfinite(targets.numpy()).all()

@@ -350,7 +350,7 @@ def small_photographs(drawings: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("unpaired", ["moments", "balance", "transport"])
+@pytest.mark.parametrize("unpaired", ["moments", "transport"])
 def test_lr_photographs_without_pairs(
     model: nn.Module, drawings: Path, small_photographs: Path, tmp_path: Path, unpaired: str
 ) -> None:

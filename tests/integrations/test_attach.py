@@ -28,6 +28,7 @@ from featxfer.backbone import weights_sha256
 from featxfer_integrations import (
     AttachError,
     attach_transfer,
+    backbone_of,
     detach_transfer,
     train_transfer_only,
     transfer_disabled,
@@ -704,11 +705,19 @@ def test_saved_heads_round_trip(name: str, tmp_path: Path) -> None:
 def test_saved_blocks_round_trip(tmp_path: Path) -> None:
     trained, model = make("timm/test_resnet"), make("timm/test_resnet")
     block = randomise(attach_transfer(trained, at="stage1", hidden_features=16), "layer1")
-    sha256 = weights_sha256(model)
+    sha256 = backbone_of(model).weights_sha256
     block.card = Card("timm/test_resnet", sha256, (SEEN,))
     block.save_pretrained(tmp_path)
     attach_transfer(model, tmp_path, at="stage1")
     assert torch.equal(run(model)[0], run(trained)[0])
+    other = make("timm/test_resnet")
+    other.reset_classifier(3)
+    attach_transfer(other, tmp_path, at="stage1")
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    detach_transfer(model)
+    with pytest.raises(ArtifactError, match="wanted weights"):
+        attach_transfer(model, tmp_path, at="stage1")
     with pytest.raises(AttachError, match=rf"{tmp_path}: got a block, wanted a head"):
         attach_transfer(make("timm/test_resnet"), tmp_path)
 

@@ -34,13 +34,9 @@ def main(
     frozen, images = load_backbone(backbone, weights), open_photos(gallery)
     degradation = Degradation(lr_size=lr_size)
     before = extract_features(frozen, images, degradation, cache / "features")
+    photos = open_photos(train)
     fit_transfer(
-        frozen.module,
-        open_photos(train),
-        degradation=degradation,
-        depth="pooled",
-        seed=seed,
-        cache=cache,
+        frozen.module, photos, degradation=degradation, depth="pooled", seed=seed, cache=cache
     )
     after = extract_features(frozen, images, degradation, cache / "features")
 

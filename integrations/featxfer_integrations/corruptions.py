@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as transforms
 from PIL import Image
 from torch import Tensor
 
@@ -50,6 +49,8 @@ class CorruptedDegradation(Degradation):
 
     def corrupt(self, small: Tensor) -> Tensor:
         """Blur, noise and JPEG on uint8 `(3, lr_size, lr_size)`."""
+        import torchvision.transforms.v2.functional as transforms
+
         if self.blur_sigma > 0:
             reach = max(1, round(3 * self.blur_sigma))
             reach = min(reach, small.shape[-1] - 1)

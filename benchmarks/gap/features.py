@@ -42,7 +42,7 @@ def through_blocks(study: Study, model: nn.Module, split: str, view: Degradation
     name = host.deep_module(study.model)
     assert name is not None
     stage = places[0] if places else find_place(study.model, at=name)
-    rest, shape = open_rest(study.model, stage, pooled, study.hr_size)
+    rest, shape = open_rest(study.model, stage, pooled, study.resize.hr_size)
     maps = extract_maps(
         maps_backbone(host_backbone(study.model, pooled), study.model, stage),
         study.images(split),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,16 +60,18 @@ class Study:
         weights: as `load_model` takes them.
         devkit: its trainval images train heads, without labels, and SVMs, with labels.
         cache: where finished work is kept.
-        hr_size: side of the model's input, pixels.
+        resize: how HR views are made; LR views too, but for their size.
         protocol: of the SVMs.
+        ap: how average precision is taken, a name of `featxfer.metrics.AVERAGE_PRECISIONS`.
     """
 
     name: str
     weights: str
     devkit: VOCDevkit
     cache: Path
-    hr_size: int = 224
+    resize: Degradation = field(default_factory=Degradation)
     protocol: Protocol = PROTOCOLS["vissl"]
+    ap: str = "11point"
 
     @cached_property
     def model(self) -> nn.Module:
@@ -86,7 +88,8 @@ class Study:
         """What every figure depends on."""
         return {
             "backbone": [self.name, backbone_of(self.model).weights_sha256],
-            "hr_size": self.hr_size,
+            "hr": self.view(self.resize.hr_size).to_dict(),
+            "ap": self.ap,
             "images": [self.devkit.images(split).fingerprint for split in SPLITS],
             "labels": [hash_key({"y": self.labels(split).tolist()}) for split in SPLITS],
             "protocol": dataclasses.asdict(self.protocol),
@@ -100,7 +103,7 @@ class Study:
 
     def view(self, size: int) -> Degradation:
         """Down to `size` pixels and up again."""
-        return Degradation(hr_size=self.hr_size, lr_size=size)
+        return dataclasses.replace(self.resize, lr_size=size)
 
     def images(self, split: str) -> Images:
         """Images of a split."""
@@ -122,7 +125,7 @@ class Study:
     @cached_property
     def hr(self) -> tuple[Tensor, Tensor]:
         """Plain HR features of both splits."""
-        train, test = (self.features(split, self.view(32)).hr for split in SPLITS)
+        train, test = (self.features(split, self.resize).hr for split in SPLITS)
         return train, test
 
     @cached_property
@@ -165,23 +168,25 @@ class Study:
         truth = self.labels("test")
         found: dict[str, float] = {}
         if rows.test.shape[1] == self.hr[0].shape[1]:
-            found |= scores("deploy", "accuracy", self.deployed.decisions(rows.test), truth)
+            found |= self.scores("deploy", "accuracy", self.deployed.decisions(rows.test), truth)
             for m, several in self.few.items():
-                each = [scores("x", "y", svms.decisions(rows.test), truth)["x"] for svms in several]
-                found[f"few-{m}"] = float(np.mean(each))
+                decisions = [svms.decisions(rows.test) for svms in several]
+                found[f"few-{m}"] = float(np.mean([self.precision(d, truth) for d in decisions]))
         if rows.test_hr is not None:
-            found |= scores("hr", "hr_accuracy", self.deployed.decisions(rows.test_hr), truth)
+            found |= self.scores("hr", "hr_accuracy", self.deployed.decisions(rows.test_hr), truth)
         if rows.train is not None:
             svms = self.svms(rows.train, self.labels("trainval"), self.protocol)
-            found |= scores("retrain", "retrain_accuracy", svms.decisions(rows.test), truth)
+            found |= self.scores("retrain", "retrain_accuracy", svms.decisions(rows.test), truth)
         return found
 
+    def scores(self, name: str, accuracy: str, decisions: Any, truth: Labels) -> dict[str, float]:
+        """mAP, and how often the largest decision value is of a class that is there, in %."""
+        right = truth[np.arange(len(truth)), decisions.argmax(1)] == 1
+        return {name: self.precision(decisions, truth), accuracy: 100 * float(right.mean())}
 
-def scores(name: str, accuracy: str, decisions: Any, truth: Labels) -> dict[str, float]:
-    """11-point mAP, and how often the largest decision value is of a class that is there, in %."""
-    right = truth[np.arange(len(truth)), decisions.argmax(1)] == 1
-    precision = 100 * float(np.mean(average_precisions(decisions, truth)))
-    return {name: precision, accuracy: 100 * float(right.mean())}
+    def precision(self, decisions: Any, truth: Labels) -> float:
+        """Mean average precision in %."""
+        return 100 * float(np.mean(average_precisions(decisions, truth, self.ap)))
 
 
 def subset(images: Images, indices: Sequence[int]) -> Images:

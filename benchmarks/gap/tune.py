@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.gap.features import through_blocks
 from benchmarks.gap.methods import costs
-from benchmarks.gap.study import Study, scores
+from benchmarks.gap.study import Study
 from benchmarks.gap.tables import grid, summarised
 from benchmarks.shell import told_errors
 from benchmarks.versions import versions
@@ -31,6 +31,7 @@ from featxfer import (
     BLOCK_RECIPE,
     FEATURES_RECIPE,
     PROTOCOLS,
+    Degradation,
     FeatureTransferBlock,
     FeatureTransferHead,
     Recipe,
@@ -107,7 +108,8 @@ def main(
     """Writes results.json and summary.md. May be interrupted; the same command goes on."""
     with told_errors():
         devkit, kept = VOCDevkit(root), cache or default_cache()
-        study = Study(backbone, weights, devkit, kept, hr_size, PROTOCOLS[protocol])
+        resize = Degradation(hr_size=hr_size)
+        study = Study(backbone, weights, devkit, kept, resize, PROTOCOLS[protocol])
         bench = Bench(study, lr_size, seeds)
         table = bench.heads() if part == "head" else bench.blocks(seconds)
         results = {
@@ -240,7 +242,9 @@ class Bench:
         plain = self.study.features("trainval", self.study.view(self.lr_size))
         svms = self.study.svms(plain.hr[train], labels[train.numpy()], self.study.protocol)
         hr, low, found = (
-            scores("deploy", "accuracy", svms.decisions(rows[test]), labels[test.numpy()])
+            self.study.scores(
+                "deploy", "accuracy", svms.decisions(rows[test]), labels[test.numpy()]
+            )
             for rows in (plain.hr, plain.lr, lr)
         )
         gaps = {

@@ -69,7 +69,8 @@ def main(
 ) -> None:
     """Writes results.json and summary.md. May be interrupted; the same command goes on."""
     with told_errors():
-        study = Study(backbone, weights, VOCDevkit(root), cache or default_cache(), hr_size)
+        resize = Degradation(hr_size=hr_size)
+        study = Study(backbone, weights, VOCDevkit(root), cache or default_cache(), resize)
         out = out or Path("runs") / f"gap-{kind}"
         results = run(study, named_views(kind, hr_size), seeds)
         results["config"] |= {"backbone": backbone, "weights": weights, "views": kind}
@@ -105,7 +106,11 @@ def run(study: Study, views: dict[str, Degradation], seeds: int) -> dict[str, An
             for name, figures in zip(views, found, strict=True):
                 rows[name].setdefault(label, []).append(figures)
     return {
-        "config": {"hr_size": study.hr_size, "seeds": seeds, "protocol": study.protocol.name},
+        "config": {
+            "hr_size": study.resize.hr_size,
+            "seeds": seeds,
+            "protocol": study.protocol.name,
+        },
         "images": {split: len(study.images(split)) for split in ("trainval", "test")},
         "versions": versions(),
         "tables": {name: with_gaps(table) for name, table in rows.items()},

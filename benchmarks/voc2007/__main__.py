@@ -21,6 +21,7 @@ def _sizes(_: Any, __: Any, value: str) -> tuple[int, ...]:
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 100})
+@click.option("--methods", default="paper", help="paper: its rows; all: our heads, blocks too.")
 @click.option("--root", type=Path, help="A devkit in VOC layout. Default: the rendered sample.")
 @click.option("--download", is_flag=True, help="Download VOC2007 (md5 checked) into --cache.")
 @click.option("--tar", type=Path, multiple=True, help="VOC2007's archives on disk, instead.")

@@ -14,6 +14,8 @@ from featxfer.head import ACTIVATIONS
 from featxfer.metrics import AVERAGE_PRECISIONS
 from featxfer.pseudo_labels import ASSIGNMENTS, BACKENDS
 
+METHODS = ("paper", "all")
+
 
 @dataclass(frozen=True)
 class Network:
@@ -43,6 +45,7 @@ class Network:
 class Options:
     """The command's options; see `python -m benchmarks.voc2007 --help`."""
 
+    methods: str
     root: Path | None
     sample: tuple[int, int] | None
     backbone: str
@@ -67,6 +70,9 @@ class Options:
         check_integer("hidden", self.hidden, at_least=1)
         check_integer("seeds", self.seeds, at_least=1)
         check_integer("jobs", self.jobs, at_least=1)
+        check_choice("methods", self.methods, METHODS)
+        if self.methods == "all" and self.on_error != "raise":
+            raise ValueError(f"on_error: got {self.on_error!r} with methods 'all', wanted 'raise'")
         check_choice("labels", self.labels, ASSIGNMENTS)
         check_choice("ap", self.ap, AVERAGE_PRECISIONS)
         for protocol in self.protocols:
@@ -90,6 +96,7 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """What results depend on, as JSON types; no paths of this machine."""
         return {
+            "methods": self.methods,
             "data": self.data_name,
             "backbone": self.backbone,
             "weights": self.weights if self.weights in ("pretrained", "demo", "random") else "file",

@@ -36,6 +36,11 @@ def render(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
     if "table2" in results:
         grid = tables.grid(results["table2"], results["data"]["classes"])
         body += ["<h2>Table 2</h2>", f"<pre>{escape(grid)}</pre>"]
+    if "gap" in results:
+        body += [
+            "<h2>Every method</h2>",
+            f"<pre>{escape(tables.every_method(results['gap']))}</pre>",
+        ]
     body += ["<h2>Features by t-SNE</h2>", _picture("tsne.png", pictures)]
     body += ["<h2>HR and LR images</h2>", _picture("pairs.png", pictures)]
     body += ["<h2>Clusters and pseudo-labels, by seed</h2>", _diagnostics(results["diagnostics"])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.gap import tables as gap
 from benchmarks.voc2007 import paper
 
 CLASSES_A_BLOCK = 20
@@ -21,6 +22,8 @@ def render(results: dict[str, Any]) -> str:
         ]
     if "table2" in results:
         blocks.append(grid(results["table2"], results["data"]["classes"]))
+    if "gap" in results:
+        blocks.append(every_method(results["gap"]))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -87,7 +90,16 @@ def markdown(results: dict[str, Any]) -> str:
             gap = table[row]["gap_recovered"]
             cells += [plus_minus(table[row]["map"]), plus_minus(gap) if gap else "no gap"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    return text + "\n" + every_method(results["gap"]) if "gap" in results else text
+
+
+def every_method(found: dict[str, Any]) -> str:
+    """The gap benchmark's two tables, in Markdown."""
+    return (
+        f"Every method, protocol {found['config']['protocol']}, batched solver:\n\n"
+        f"{gap.to_markdown(found['table'])}\nFew labels:\n\n{gap.few_labels(found['table'])}"
+    )
 
 
 def per_class(table: dict[str, Any], classes: list[str]) -> str:

@@ -38,6 +38,9 @@ HR_SHARE = 0.5
 PROBE = 64
 """Images whose maps give a block its input statistics."""
 
+WHOLE = 2
+"""Variants that are not cropped, the first ones: the image and its mirror image."""
+
 SAMPLE = 16
 """Images whose features are compared with the model's own before training."""
 
@@ -201,10 +204,10 @@ class DeepFit:
         blocks: by the module that they follow.
         log: an entry an epoch.
         clusterings: of the directions of HR features.
-        hr: features of HR views as the model has them, of each variant of the images.
+        hr: features of HR views as the model has them, of the images and of their mirror images.
         lr: of LR views without blocks, of the images as they are, a degradation each.
-        hr_through: of HR views through the blocks, of each variant.
-        lr_through: of LR views through the blocks, of each variant, a degradation each.
+        hr_through: of HR views through the blocks, of the images and of their mirror images.
+        lr_through: of LR views, the same, a degradation each.
     """
 
     blocks: dict[str, FeatureTransferBlock]
@@ -278,10 +281,10 @@ def train_blocks(
         )
     log = trainer.fit_rows(rows, held_out=judged, checkpoint=path, callback=callback)
     rest.eval()
-    through = [[features_of(rest, maps, rows) for rows in view] for view in maps.views]
+    through = [[features_of(rest, maps, rows) for rows in view[:WHOLE]] for view in maps.views]
     if path is not None:
         path.unlink(missing_ok=True)
-    return DeepFit(dict(blocks), log, clusterings, hr, lr, through[-1], through[:-1])
+    return DeepFit(dict(blocks), log, clusterings, hr[:WHOLE], lr, through[-1], through[:-1])
 
 
 @torch.no_grad()

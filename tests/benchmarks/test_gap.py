@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.gap import __main__ as gap
-from benchmarks.gap import methods, tune, views
+from benchmarks.gap import methods, run, tune, views
 from benchmarks.gap.study import Study, small, subset
 from benchmarks.gap.tables import few_labels, to_markdown, with_gaps
 from benchmarks.voc2007.sample_devkit import render_sample
-from featxfer import PROTOCOLS, Recipe, VOCDevkit
+from featxfer import PROTOCOLS, Degradation, Recipe, VOCDevkit
 
 FOLDER = Path(gap.__file__).parent
 
@@ -33,7 +33,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
         str(weights),
         VOCDevkit(devkit),
         folder / "cache",
-        64,
+        Degradation(hr_size=64),
         PROTOCOLS["plain"],
     )
 
@@ -130,13 +130,14 @@ def test_halves_and_small_photographs(study: Study) -> None:
 
 
 def test_the_self_check_ranks_heads_by_what_they_gain() -> None:
-    def run(cosine: float, deploy: float) -> dict[str, Any]:
-        check = dict.fromkeys(gap.SELF_CHECKS, 0.5)
+    def figures(cosine: float, deploy: float) -> dict[str, Any]:
+        check = dict.fromkeys(run.SELF_CHECKS, 0.5)
         return {"deploy": deploy, "self_check": [{**check, "cosine_gap": cosine}]}
 
-    rows = {"a": [run(0.1, 70.0), run(0.2, 72.0)], "b": [run(0.4, 80.0)], "LR": [{"deploy": 60.0}]}
-    assert gap.self_check(rows) == {"runs": 3, "cosine_gap": 1.0}
-    assert gap.self_check({}) == {}
+    several = [figures(0.1, 70.0), figures(0.2, 72.0)]
+    rows = {"a": several, "b": [figures(0.4, 80.0)], "LR": [{"deploy": 60.0}]}
+    assert run.self_check(rows) == {"runs": 3, "cosine_gap": 1.0}
+    assert run.self_check({}) == {}
 
 
 @pytest.mark.parametrize("part", ["head", "blocks"])

@@ -16,9 +16,12 @@ import timm
 import torch
 from click.testing import CliRunner, Result
 
+from benchmarks.gap.methods import METHODS
+from benchmarks.voc2007 import command
 from benchmarks.voc2007 import run as run_module
 from benchmarks.voc2007.__main__ import main
 from benchmarks.voc2007.sample_devkit import render_sample
+from featxfer import Recipe
 
 ROOT = Path(__file__).parents[3]
 ROWS = [
@@ -123,6 +126,30 @@ def test_from_the_shell_on_the_rendered_sample(weights: Path, tmp_path: Path) ->
         "pairs.png",
         "tsne.png",
     ]
+
+
+def test_every_method_on_the_same_views(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = Recipe(epochs=1, batch_size=16, learning_rate=1e-3, optimizer="adamw")
+    for name in ("FEATURES_RECIPE", "BLOCK_RECIPE"):
+        monkeypatch.setattr(f"featxfer_integrations.fit.{name}", short)
+    monkeypatch.setattr("featxfer_integrations.fit._warn_if_useless", lambda _: None)
+    monkeypatch.setattr(
+        command, "METHODS", {name: METHODS[name] for name in ("plain", "prototypes", "deep")}
+    )
+    given = ["--methods", "all", "--ap", "area", "--kernel", "bilinear", "--seeds", "1"]
+    done = invoke([*arguments, *given])
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    mine, papers = results["gap"]["table"], results["table1"]["plain"]
+    assert {"head: prototypes (default)", "deep: blocks and head"} <= set(mine)
+    for one, other in (("HR", "baseline-hr"), ("LR", "baseline-lr")):
+        assert mine[one]["retrain"]["mean"] == pytest.approx(100 * papers[other]["map"]["mean"])
+    assert "deep: blocks and head" in done.stdout
+    assert "deep: blocks and head" in (tmp_path / "out" / "report.html").read_text()
+    message = refuse(arguments, "--methods", "all", "--on-error", "skip")
+    assert "on_error: got 'skip' with methods 'all', wanted 'raise'" in message
 
 
 def test_the_gap_is_of_the_printed_maps(arguments: list[str], tmp_path: Path) -> None:

@@ -39,9 +39,7 @@ def through_blocks(study: Study, model: nn.Module, split: str, view: Degradation
     places = [] if transfers is None else [p for n, p in transfers.places.items() if n != "pooled"]
     host = host_of(study.model)
     assert host is not None
-    name = host.deep_module(study.model)
-    assert name is not None
-    stage = places[0] if places else find_place(study.model, at=name)
+    stage = places[0] if places else find_place(study.model, at=host.deep_modules(study.model)[0])
     rest, shape = open_rest(study.model, stage, pooled, study.resize.hr_size)
     maps = extract_maps(
         maps_backbone(host_backbone(study.model, pooled), study.model, stage),

@@ -20,6 +20,7 @@ from featxfer import (
     Images,
 )
 from featxfer_integrations import TransferFit, attach_transfer, fit_transfer, transfers_of
+from featxfer_integrations.attach import maps_at
 
 Found = dict[str, Any]
 
@@ -161,20 +162,30 @@ def judge_model(study: Study, model: nn.Module, view: Degradation, fit: Transfer
         ),
     ):
         found.append(study.judge(rows))
-    found[0] |= costs(fit, blocks, fit.blocks_log)
-    found[1] |= costs(fit, [*blocks, head], (*fit.blocks_log, *fit.log))
-    found[2] |= costs(fit, [*blocks, head], (*fit.blocks_log, *fit.log))
+    macs = block_macs(model)
+    found[0] |= macs | costs(fit, blocks, fit.blocks_log)
+    found[1] |= macs | costs(fit, [*blocks, head], (*fit.blocks_log, *fit.log))
+    found[2] |= macs | costs(fit, [*blocks, head], (*fit.blocks_log, *fit.log))
     return found
 
 
+def block_macs(model: nn.Module) -> Found:
+    """Millions of multiply-accumulates of the attached blocks, for one image."""
+    transfers, total = transfers_of(model), 0
+    for name, place in transfers.places.items():
+        block = transfers[name]
+        if isinstance(block, FeatureTransferBlock):
+            side = maps_at(model, place)[2]
+            total += block.macs(side, side)
+    return {"block_macs": total / 1e6}
+
+
 def costs(fit: TransferFit, modules: Sequence[Any], log: Sequence[Any]) -> Found:
-    """Seconds of training, parameters, multiply-accumulates, and the fit's own report."""
+    """Seconds of training, parameters, and the fit's own report."""
     entries = log or fit.log
-    blocks = [module for module in modules if isinstance(module, FeatureTransferBlock)]
     return {
         "seconds": sum(entry.seconds for entry in entries),
         "parameters": sum(p.numel() for m in modules for p in m.parameters()),
-        "block_macs_14": sum(block.macs(14, 14) for block in blocks),
         "self_check": [
             {
                 "cosine_gap": part.cosine_gap_recovered,

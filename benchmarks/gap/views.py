@@ -7,6 +7,7 @@ by SVMs on HR features that are never changed. `--views sizes` is the curve over
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,25 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from benchmarks.gap.features import through_blocks
 from benchmarks.gap.methods import fit_pooled_head
 from benchmarks.gap.study import Rows, Study
 from benchmarks.gap.tables import grid, with_gaps
+from benchmarks.plots import new_figure, png, require_matplotlib
 from benchmarks.shell import told_errors
 from benchmarks.versions import versions
 from benchmarks.voc2007.methods import ridge
-from featxfer import FEATURES_RECIPE, Degradation, VOCDevkit
+from featxfer import (
+    BLOCK_RECIPE,
+    FEATURES_RECIPE,
+    Degradation,
+    FeatureTransferHead,
+    Recipe,
+    VOCDevkit,
+)
 from featxfer._files import write_atomic
 from featxfer.features import default_cache
-from featxfer_integrations import CorruptedDegradation
+from featxfer_integrations import CorruptedDegradation, fit_transfer, transfers_of
 
 SIZES = (16, 24, 32, 48, 64, 96, 128)
 SMALL = 64
@@ -55,6 +65,8 @@ def named_views(kind: str, hr_size: int) -> dict[str, Degradation]:
 @click.option("--weights", default="demo", help="pretrained, demo or a file.")
 @click.option("--hr-size", default=224, help="Side of the model's input, pixels.")
 @click.option("--seeds", default=3)
+@click.option("--deep", is_flag=True, help="Blocks too, of every other degradation; one seed.")
+@click.option("--figures/--no-figures", default=True, help="gap.png.")
 @click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
 @click.option("--out", type=Path, help="[default: runs/gap-VIEWS]")
 def main(
@@ -64,24 +76,33 @@ def main(
     weights: str,
     hr_size: int,
     seeds: int,
+    deep: bool,
+    figures: bool,
     cache: Path | None,
     out: Path | None,
 ) -> None:
-    """Writes results.json and summary.md. May be interrupted; the same command goes on."""
+    """Writes results.json, summary.md and gap.png. May be interrupted; the same command goes on."""
     with told_errors():
+        if figures:
+            require_matplotlib("--no-figures")
         resize = Degradation(hr_size=hr_size)
         study = Study(backbone, weights, VOCDevkit(root), cache or default_cache(), resize)
         out = out or Path("runs") / f"gap-{kind}"
-        results = run(study, named_views(kind, hr_size), seeds)
+        results = run(study, named_views(kind, hr_size), seeds, deep=deep)
         results["config"] |= {"backbone": backbone, "weights": weights, "views": kind}
         summary = to_markdown(results)
         write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         write_atomic(out / "summary.md", summary.encode())
+        if figures:
+            write_atomic(out / "gap.png", curve(results["tables"]))
         click.echo(summary)
-        click.echo(f"Wrote results.json and summary.md to {out}")
+        pictures = " and gap.png" if figures else ""
+        click.echo(f"Wrote results.json, summary.md{pictures} to {out}")
 
 
-def run(study: Study, views: dict[str, Degradation], seeds: int) -> dict[str, Any]:
+def run(
+    study: Study, views: dict[str, Degradation], seeds: int, *, deep: bool = False
+) -> dict[str, Any]:
     """Tables by the degradation that is judged; rows are heads by what they were trained on."""
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in views}
     for name, view in tqdm(views.items(), desc="plain features", disable=None):
@@ -105,6 +126,19 @@ def run(study: Study, views: dict[str, Degradation], seeds: int) -> dict[str, An
             )["rows"]
             for name, figures in zip(views, found, strict=True):
                 rows[name].setdefault(label, []).append(figures)
+    if deep:
+        known = list(views.values())[::2]
+        recipe = dataclasses.replace(BLOCK_RECIPE, epochs=BLOCK_RECIPE.epochs // 2)
+        key = {
+            "views": [view.to_dict() for view in views.values()],
+            "blocks trained on": [view.to_dict() for view in known],
+            "recipes": [FEATURES_RECIPE.to_dict(), recipe.to_dict()],
+        }
+        found = study.figures(
+            key, lambda: {"rows": _deep(study, known, list(views.values()), recipe)}
+        )["rows"]
+        for name, figures in zip(views, found, strict=True):
+            rows[name][f"blocks and head of {', '.join(list(views)[::2])}"] = [figures]
     return {
         "config": {
             "hr_size": study.resize.hr_size,
@@ -135,6 +169,59 @@ def _head(
         test = study.features("test", view)
         found.append(study.judge(Rows(None, head.transfer(test.lr), head.transfer(test.hr))))
     return found
+
+
+def _deep(
+    study: Study, known: list[Degradation], views: list[Degradation], recipe: Recipe
+) -> list[dict[str, Any]]:
+    model = study.copy()
+    fit_transfer(
+        model,
+        study.images("trainval"),
+        degradation=known,
+        depth="deep",
+        block_recipe=recipe,
+        crops=0,
+        cache=study.cache,
+    )
+    head = transfers_of(model)["pooled"]
+    assert isinstance(head, FeatureTransferHead)
+    found = []
+    for view in views:
+        test = through_blocks(study, model, "test", view)
+        found.append(study.judge(Rows(None, head.transfer(test.lr), head.transfer(test.hr))))
+    return found
+
+
+def curve(tables: dict[str, Any]) -> bytes:
+    """The gap that each row gives back over the degradations, with 95% intervals, as a PNG file.
+
+    Of heads that know one degradation, each is shown where it is at home, in one line.
+    """
+    figure = new_figure(7.0, 3.6)
+    axes = figure.subplots()
+    lines: dict[str, dict[str, Any]] = {}
+    for view, table in tables.items():
+        for label, figures in table.items():
+            if "deploy gap" in figures and label not in ("HR", "LR"):
+                name = "head of that alone" if label == f"head of {view}" else label
+                lines.setdefault(name, {})[view] = figures["deploy gap"]
+    places = {view: place for place, view in enumerate(tables)}
+    for name, points in lines.items():
+        if name.startswith("head of ") and name != "head of that alone":
+            continue
+        middle = [point["mean"] for point in points.values()]
+        around = [
+            0.0 if point["low"] is None else (point["high"] - point["low"]) / 2
+            for point in points.values()
+        ]
+        at = [places[view] for view in points]
+        axes.errorbar(at, middle, around, marker="o", markersize=3, capsize=2, label=name)
+    axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.set_xticks(range(len(tables)), list(tables), fontsize=7)
+    axes.set_ylabel("gap recovered, deploy (%)")
+    axes.legend(fontsize=7, frameon=False)
+    return png(figure)
 
 
 def to_markdown(results: dict[str, Any]) -> str:

@@ -25,20 +25,29 @@ def main() -> None:
 @click.option("--batch", "batches", multiple=True, default=(1, 32))
 @click.option("--seconds", default=60.0, help="About how long a row takes.")
 @click.option("--device", default="cpu")
-@click.option("--out", type=Path, default=Path("runs") / "speed" / "attached")
+@click.option("--out", type=Path, help="[default: runs/speed/attached, or runs/speed/blocks]")
+@click.option("--blocks", is_flag=True, help="Default blocks and a head, not heads alone.")
 def time_attached(
-    models: tuple[str, ...], batches: tuple[int, ...], seconds: float, device: str, out: Path
+    models: tuple[str, ...],
+    batches: tuple[int, ...],
+    seconds: float,
+    device: str,
+    out: Path | None,
+    blocks: bool,
 ) -> None:
-    """A model with a head attached against the same model without."""
+    """A model with a head, or blocks and a head, attached against the same model without."""
     with told_errors():
+        out = out or Path("runs") / "speed" / ("blocks" if blocks else "attached")
+        measure = attached.measure_blocks if blocks else attached.measure
         rows = []
-        for row in attached.measure(models, batches, seconds, device):
+        for row in measure(models, batches, seconds, device):
             rows.append(row)
             click.echo(json.dumps(row))
         results = {"machine": _machine(device), "versions": versions(), "rows": rows}
         text = json.dumps(results, indent=1, sort_keys=True) + "\n"
+        summary = attached.blocks_to_markdown(rows) if blocks else attached.to_markdown(rows)
         write_atomic(out / "results.json", text.encode())
-        write_atomic(out / "summary.md", attached.to_markdown(rows).encode())
+        write_atomic(out / "summary.md", summary.encode())
         click.echo(f"Wrote {out}/results.json and summary.md")
 
 

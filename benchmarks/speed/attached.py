@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed.pairs import Way, time_pairs
-from featxfer import FeatureTransferHead
+from featxfer import FeatureTransferBlock, FeatureTransferHead
 from featxfer_integrations import attach_transfer, detach_transfer, transfers_of
 from featxfer_integrations._attach import is_attached
+from featxfer_integrations.attach import find_place
+from featxfer_integrations.deep import new_blocks, plan_blocks
 
 MODELS = ("resnet101", "resnet18", "tf_efficientnet_lite0")
 HEADS = (
@@ -49,6 +53,44 @@ def measure(
                 }
 
 
+def measure_blocks(
+    models: Sequence[str], batches: Sequence[int], seconds: float, device: str
+) -> Iterator[dict[str, Any]]:
+    """The same for the blocks that `fit_transfer(depth="deep")` attaches, and a head."""
+    for name in models:
+        torch.manual_seed(0)
+        model = timm.create_model(name).eval().to(device, memory_format=torch.channels_last)
+        plans = plan_blocks(model, find_place(model), "deep", None, None)
+        blocks = new_blocks(model, plans, 0)
+        for batch in batches:
+            images = torch.randn(batch, 3, 224, 224, device=device)
+            images = images.contiguous(memory_format=torch.channels_last)
+            with FlopCounterMode(display=False) as counter, torch.inference_mode():
+                model(images[:1])
+            yield {
+                "model": name,
+                "batch": batch,
+                "after": [plan.module for plan in plans],
+                "hidden": next(iter(blocks.values())).hidden_channels,
+                "parameters": sum(p.numel() for b in blocks.values() for p in b.parameters()),
+                "macs": sum(blocks[plan.module].macs(plan.side, plan.side) for plan in plans),
+                "model_macs": counter.get_total_flops() // 2,
+                **_time(
+                    f"{name}, batch {batch}",
+                    model,
+                    images,
+                    partial(_attach_all, model, blocks),
+                    seconds,
+                ),
+            }
+
+
+def _attach_all(model: nn.Module, blocks: Mapping[str, FeatureTransferBlock]) -> None:
+    for module, block in blocks.items():
+        attach_transfer(model, block, at=module)
+    attach_transfer(model)
+
+
 def _compare(
     name: str, model: nn.Module, images: Tensor, hidden: int, dtype: torch.dtype, seconds: float
 ) -> dict[str, Any]:
@@ -58,6 +100,18 @@ def _compare(
     detach_transfer(model)
     nn.init.normal_(head.fc2.weight, std=0.01)
 
+    def attach() -> None:
+        attach_transfer(model, head, dtype=dtype)
+
+    result = _time(name, model, images, attach, seconds)
+    return {**result, "head_ms": _time_head(head, len(images))}
+
+
+def _time(
+    name: str, model: nn.Module, images: Tensor, put: Callable[[], None], seconds: float
+) -> dict[str, Any]:
+    """The plain model against the same with what `put` attaches, in turns."""
+
     @torch.inference_mode()
     def run() -> None:
         model(images)
@@ -66,7 +120,7 @@ def _compare(
 
     def attach() -> None:
         if not is_attached(model):
-            attach_transfer(model, head, dtype=dtype)
+            put()
             warm_up()
 
     def detach() -> None:
@@ -82,10 +136,9 @@ def _compare(
     plain = Way(detach, run)
     pairs = max(7, round(seconds / (2 * min(plain.seconds() for _ in range(2)))))
     try:
-        result = time_pairs(name, plain, Way(attach, run), pairs)
+        return time_pairs(name, plain, Way(attach, run), pairs)
     finally:
         detach()
-    return {**result, "head_ms": _time_head(head, len(images))}
 
 
 @torch.inference_mode()
@@ -115,5 +168,23 @@ def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| {row['model']} | {row['batch']} | {row['hidden']} | {row['dtype']} "
             f"| {row['first_ms']:.1f} | {row['second_ms']:.1f} | {row['ratio']:.4f} "
             f"| {low:.4f} to {high:.4f} | {row['pairs']} | {row['head_ms']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def blocks_to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line a row of `measure_blocks`."""
+    lines = [
+        "| model | batch | after | hidden | parameters | arithmetic | plain ms | attached ms "
+        "| ratio | quartiles | pairs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        lines.append(
+            f"| {row['model']} | {row['batch']} | {', '.join(row['after'])} | {row['hidden']} "
+            f"| {row['parameters']:,} | {row['macs'] / row['model_macs']:.1%} "
+            f"| {row['first_ms']:.1f} | {row['second_ms']:.1f} | {row['ratio']:.3f} "
+            f"| {low:.3f} to {high:.3f} | {row['pairs']} |"
         )
     return "\n".join(lines) + "\n"

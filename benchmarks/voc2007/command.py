@@ -14,6 +14,7 @@ from benchmarks.gap.methods import METHODS
 from benchmarks.gap.run import run as run_every_method
 from benchmarks.gap.study import Study as GapStudy
 from benchmarks.memo import hash_key
+from benchmarks.plots import require_matplotlib
 from benchmarks.voc2007 import fetch, figures, report, tables
 from benchmarks.voc2007.options import Network, Options
 from benchmarks.voc2007.run import Study, open_study, run
@@ -28,7 +29,7 @@ def run_command(given: Mapping[str, Any]) -> None:
     """Runs the benchmark, writes its files and prints its tables, or its JSON."""
     options = parse(given)
     if options.figures:
-        figures.require_matplotlib()
+        require_matplotlib("--no-figures")
     options = dataclasses.replace(options, root=find_root(given, options.cache))
     if given["out"] is None:
         options = dataclasses.replace(options, out=_default_out(options))

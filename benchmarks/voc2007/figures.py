@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from benchmarks.plots import new_figure, png
 from benchmarks.voc2007.run import Study
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 TSNE_ROWS, TSNE_LEAST, TSNE_CLASSES, PAIRS = 1000, 3, 10, 8
-
-
-def require_matplotlib() -> None:
-    """Raises `ImportError` with the line that installs it, before any work is done."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib: pip install 'featxfer[plots]', or pass --no-figures"
-        ) from error
 
 
 def draw(study: Study, results: dict[str, Any]) -> dict[str, bytes]:
@@ -40,7 +27,7 @@ def draw(study: Study, results: dict[str, Any]) -> dict[str, bytes]:
 def ap_bars(table: dict[str, Any], classes: list[str], protocol: str) -> bytes:
     """AP of each class for Baseline-HR, Baseline-LR and the head that was asked for."""
     shown = list(table.values())[:3]
-    figure = _figure(max(7.0, 0.42 * len(classes)), 3.6)
+    figure = new_figure(max(7.0, 0.42 * len(classes)), 3.6)
     axes = figure.subplots()
     x = np.arange(len(classes))
     for i, (entry, colour) in enumerate(zip(shown, ("#9aa5b1", "#d9822b", "#2b6cb0"), strict=True)):
@@ -56,7 +43,7 @@ def ap_bars(table: dict[str, Any], classes: list[str], protocol: str) -> bytes:
     axes.set_ylabel("AP (%)")
     axes.set_title(f"Protocol {protocol}", loc="left", fontsize=9)
     axes.legend(fontsize=7, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def tsne(study: Study) -> bytes:
@@ -74,7 +61,7 @@ def tsne(study: Study) -> bytes:
         "LR": features.lr,
         "LR, transferred": head.transfer(study.transfer.scale(features.lr)),
     }
-    figure = _figure(10, 3.6)
+    figure = new_figure(10, 3.6)
     for axes, (title, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         perplexity = min(30.0, (len(rows) - 1) / 3)
         points = TSNE(perplexity=perplexity, random_state=0).fit_transform(values[rows].numpy())
@@ -86,7 +73,7 @@ def tsne(study: Study) -> bytes:
     figure.legend(
         *axes.get_legend_handles_labels(), fontsize=7, ncols=5, loc="outside lower center"
     )
-    return _png(figure)
+    return png(figure)
 
 
 def image_pairs(study: Study) -> bytes:
@@ -96,7 +83,7 @@ def image_pairs(study: Study) -> bytes:
     chosen = {kept[int(i)] for i in np.linspace(0, len(kept) - 1, min(PAIRS, len(kept)))}
     images = study.data.devkit.images("test")
     pixels = [images.read(i) for i, name in enumerate(images.ids) if name in chosen]
-    figure = _figure(1.3 * len(pixels), 2.8)
+    figure = new_figure(1.3 * len(pixels), 2.8)
     grid = figure.subplots(2, len(pixels), squeeze=False)
     for column, image in enumerate(pixels):
         for row, view in enumerate((degradation.hr(image), degradation.lr(image))):
@@ -104,7 +91,7 @@ def image_pairs(study: Study) -> bytes:
             grid[row, column].axis("off")
     grid[0, 0].set_title("HR", fontsize=8, loc="left")
     grid[1, 0].set_title(f"LR ({degradation.lr_size} pixels)", fontsize=8, loc="left")
-    return _png(figure)
+    return png(figure)
 
 
 def _single_class_rows(study: Study) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -116,18 +103,3 @@ def _single_class_rows(study: Study) -> tuple[np.ndarray, np.ndarray, list[str]]
     if len(rows) > TSNE_ROWS:
         rows = np.sort(np.random.default_rng(0).choice(rows, TSNE_ROWS, replace=False))
     return rows, labels[rows][:, frequent].argmax(1), [classes[c] for c in frequent]
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()

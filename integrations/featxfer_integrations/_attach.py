@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from featxfer.hub import TransferModule
 
+DEEP_REDUCTIONS = (16, 32)
+"""Blocks go where a stage ends whose maps are so many times smaller than the image."""
+
 CHILD = "feature_transfer"
 """Name of the host's child that holds what is attached."""
 

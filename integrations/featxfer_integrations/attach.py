@@ -48,8 +48,8 @@ class HostModule(Protocol):
         """Name of the module that ends a stage of feature maps."""
         ...
 
-    def deep_module(self, model: nn.Module) -> str | None:
-        """Name of the module that ends the last stage of maps of 1/16 of the image's size."""
+    def deep_modules(self, model: nn.Module) -> list[str]:
+        """Names of the modules that end the last stages of 1/16 and 1/32 of the image's size."""
         ...
 
     def model_name(self, model: nn.Module) -> str:
@@ -128,7 +128,7 @@ def attach_transfer(
     if hidden_features is not None:
         options["hidden_features" if at is None else "hidden_channels"] = hidden_features
     if at is not None:
-        width, options["layout"] = maps_at(model, place)
+        width, options["layout"], _ = maps_at(model, place)
     else:
         width = in_features or place.width or _width_at(model, place)
         if place.width not in (None, width):
@@ -303,12 +303,12 @@ def _width_at(model: nn.Module, place: Place) -> int:
     )
 
 
-def maps_at(model: nn.Module, place: Place) -> tuple[int, str]:
-    """Channels and layout of the maps at `place`: those of a square image are square."""
+def maps_at(model: nn.Module, place: Place) -> tuple[int, str, int]:
+    """Channels, layout and side of the maps at `place`: those of a square image are square."""
     shape = _probe(model, place)
     if len(shape) == 4 and shape[2] in (shape[1], shape[3]):
         axis = channel_axis(shape)
-        return shape[axis], {1: "nchw", 3: "nhwc"}[axis]
+        return shape[axis], {1: "nchw", 3: "nhwc"}[axis], shape[2]
     raise AttachError(
         f"at: {', '.join(place.outputs)} gives {shape}, wanted maps (n, c, h, w) or (n, h, w, c)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from featxfer import (
     BLOCK_RECIPE,
@@ -24,16 +26,33 @@ from featxfer import (
     kmeans,
     make_objective,
 )
-from featxfer.backbone import Backbone
+from featxfer.backbone import Backbone, frozen
 from featxfer.features import fill_stores
 from featxfer.images import Images, cropped, flipped
 from featxfer.pseudo_labels import Clustering
 from featxfer.store import FeatureStore, StoredRows
-from featxfer_integrations._attach import Place, host_parameter, take_feature
+from featxfer_integrations._attach import (
+    AttachError,
+    Place,
+    attached_at,
+    gives_clusters,
+    host_parameter,
+    take_feature,
+)
 from featxfer_integrations._replay import Rest
+from featxfer_integrations.attach import INPUT_SIZE, find_place, host_of, maps_at
 
 HR_SHARE = 0.5
 """Of each epoch's images, how many are seen as HR images too."""
+
+SHARE = 0.09
+"""Of the model's arithmetic, what new blocks may take together."""
+
+WIDEST, NARROWEST = 256, 16
+"""Hidden channels of new blocks."""
+
+ENOUGH, MOST_CROPS = 10_000, 4
+"""Views of the images that crops are to make up, and crops of an image at the most."""
 
 PROBE = 64
 """Images whose maps give a block its input statistics."""
@@ -47,12 +66,100 @@ SAMPLE = 16
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Where a block goes, and of what shape its maps are."""
+    """Where a block goes, and the shape of its maps: `side` for the model's own image size."""
 
     module: str
     place: Place
     channels: int
     layout: str
+    side: int
+
+
+def block_width(model: nn.Module, plans: Sequence[BlockPlan], size: int) -> int:
+    """Hidden channels of new blocks: as wide as `SHARE` of the model's arithmetic allows.
+
+    Args:
+        model: runs on images `(1, 3, size, size)`.
+        plans: where the blocks go.
+        size: side of the images that the sides of the plans are of, pixels.
+    """
+    like = host_parameter(model)
+    image = torch.zeros(1, 3, size, size)
+    with frozen(model), FlopCounterMode(display=False) as counter:
+        model(image if like is None else image.to(like.device, like.dtype))
+    allowed = SHARE * counter.get_total_flops() / 2
+    with torch.device("meta"):
+        for width in range(WIDEST, NARROWEST, -8):
+            blocks = [FeatureTransferBlock(plan.channels, width) for plan in plans]
+            costs = [b.macs(p.side, p.side) for b, p in zip(blocks, plans, strict=True)]
+            if sum(costs) <= allowed:
+                return width
+    return NARROWEST
+
+
+def plan_blocks(
+    model: nn.Module, pooled: Place, depth: str, where: str | None, at: str | Sequence[str] | None
+) -> list[BlockPlan]:
+    """Where blocks go; none for a head alone.
+
+    Args:
+        model: the host.
+        pooled: the place of its feature.
+        depth: as of `fit_transfer`.
+        where: as of `fit_transfer`.
+        at: as of `fit_transfer`.
+
+    Raises:
+        AttachError, ValueError: as `fit_transfer`.
+    """
+    if depth == "pooled" and at is not None:
+        raise ValueError(f"at: got {at!r} with depth='pooled', which trains no block")
+    if depth == "pooled" or (depth == "auto" and where is not None):
+        return []
+    attached = attached_at(model, pooled)
+    if attached is not None and gives_clusters(attached):
+        if depth == "auto":
+            return []
+        raise AttachError('depth: a head with output "clusters" is attached, wanted "features"')
+    host = host_of(model)
+    names = [at] if isinstance(at, str) else list(at or [])
+    if not names:
+        names = [] if host is None else host.deep_modules(model)
+        if not names and depth == "auto":
+            return []
+        if not names:
+            raise AttachError(
+                f"at: {type(model).__name__} names no stage of maps of 1/16 or 1/32 of the image's "
+                "size; name a stage or a module"
+            )
+    plans = []
+    for name in names:
+        place = find_place(model, at=name)
+        if not isinstance(attached_at(model, place), FeatureTransferBlock | None):
+            raise AttachError(f"at: a head is attached at {place.name!r}, wanted a block")
+        try:
+            plans.append(BlockPlan(name, place, *maps_at(model, place)))
+        except AttachError:
+            if depth == "auto" and at is None:
+                return []
+            raise
+    return plans
+
+
+def new_blocks(
+    model: nn.Module, plans: Sequence[BlockPlan], seed: int
+) -> dict[str, FeatureTransferBlock]:
+    """Untrained blocks by module, in the sizes of those that are attached, where some are."""
+    host, like = host_of(model), host_parameter(model)
+    width = block_width(model, plans, INPUT_SIZE if host is None else host.input_size(model))
+    blocks = {}
+    for plan in plans:
+        attached = attached_at(model, plan.place)
+        config = {"hidden_channels": width} if attached is None else attached.config
+        sizes = {"channels": plan.channels, "layout": plan.layout}
+        block = FeatureTransferBlock(**{**config, **sizes}, seed=seed)
+        blocks[plan.module] = block if like is None else block.to(like.device)
+    return blocks
 
 
 class MapAt(nn.Module):
@@ -329,6 +436,19 @@ def estimate_seconds(rest: Rest, shape: tuple[int, ...], recipe: Recipe, rows: i
             torch.cuda.synchronize(device)
         took = time.perf_counter() - start
     return took * recipe.epochs * rows / count
+
+
+def enough_crops(images: int) -> int:
+    """Crops of each image that bring the image and its mirror image to about `ENOUGH` views."""
+    return min(MOST_CROPS, max(0, ENOUGH // images - WHOLE))
+
+
+def maps_bytes(
+    shape: tuple[int, ...], images: int, degradations: int, crops: int, precision: str
+) -> int:
+    """Bytes that the maps of all views and variants take on disk."""
+    rows = images * (degradations + 1) * (WHOLE + crops)
+    return rows * math.prod(shape) * (2 if precision == "bf16" else 4)
 
 
 def epoch_rows(images: int, degradations: int, hr_share: float = HR_SHARE) -> int:

@@ -27,7 +27,6 @@ from featxfer import (
     Card,
     Degradation,
     EpochLog,
-    FeatureTransferBlock,
     FeatureTransferHead,
     Images,
     Preprocessing,
@@ -64,16 +63,19 @@ from featxfer_integrations.attach import (
     backbone_sha256,
     find_place,
     host_of,
-    maps_at,
     module_place,
 )
 from featxfer_integrations.deep import (
     BlockPlan,
+    enough_crops,
     epoch_rows,
     estimate_seconds,
     extract_maps,
     maps_backbone,
+    maps_bytes,
+    new_blocks,
     open_rest,
+    plan_blocks,
     train_blocks,
 )
 
@@ -142,7 +144,7 @@ def fit_transfer(
     unpaired: str = "transport",
     recipe: Recipe | None = None,
     block_recipe: Recipe | None = None,
-    crops: int = 4,
+    crops: int | None = None,
     minutes: float = 30.0,
     held_out: float = 0.1,
     preprocessing: Preprocessing | None = None,
@@ -162,12 +164,12 @@ def fit_transfer(
     a new head or block is attached.
     A head with output "clusters" is trained on the paper's pseudo-labels instead.
 
-    With depth "deep", a `FeatureTransferBlock` after an earlier stage is trained first, towards the
-    same features, through the frozen layers behind it; then the head, on what comes out. This is
-    where most is gained, since maps have not yet lost what the global pool loses. Maps up to the
-    stage are computed once and kept in the cache (88 KB an image and view for EfficientNet-Lite0,
-    half in bfloat16). Interrupted training goes on when the same call is made again. How long it
-    will take is told on stderr before it begins.
+    With depth "deep", a `FeatureTransferBlock` after each of some stages is trained first, towards
+    the same features, through the frozen layers behind it; then the head, on what comes out. This
+    is where most is gained, since maps have not yet lost what the global pool loses. Maps at the
+    first of these stages are computed once and kept in the cache. Interrupted training goes on when
+    the same call is made again. How long it will take, and how much of the disk, is told on stderr
+    before it begins.
 
     Args:
         model: as `attach_transfer` takes it.
@@ -179,8 +181,9 @@ def fit_transfer(
             time is within `minutes`.
         where: as in `attach_transfer`, for models that do not say where their feature is.
         at: where blocks go, as in `attach_transfer`, one place or several from the first to the
-            last; by default after the last stage of 1/16 of the image's size, as far as timm or
-            torchvision tell it.
+            last; by default after the last stages of 1/16 and of 1/32 of the image's size, as far
+            as timm or torchvision tell them. New blocks are as wide as 9% of the model's arithmetic
+            allows, 16 to 256 hidden channels.
         clusters: k; by default 100, or a tenth of the images where these are fewer than 1,000; an
             attached head with output "clusters" keeps its own. Several: as many clusterings, all
             of which teach; the head keeps the first one's centroids.
@@ -193,7 +196,8 @@ def fit_transfer(
         recipe: by default `FEATURES_RECIPE`, or the paper's `Recipe()` for output "clusters".
         block_recipe: by default `BLOCK_RECIPE`.
         crops: of each image, for blocks: random crops that are trained on besides the image and its
-            mirror image, as many maps more in the cache.
+            mirror image, as many maps more in the cache; by default as many as bring the views of
+            all images to about 10,000, 4 at the most.
         minutes: of depth "auto": the longest that blocks may train.
         held_out: share of the images, in [0, 1), that is left out of training for the report, and
             to tell which epoch's weights are best.
@@ -219,10 +223,11 @@ def fit_transfer(
     place = _place(model, where)
     views = [degradation] if isinstance(degradation, Degradation) else list(degradation)
     _check_settings(views, held_out, minutes)
-    check_integer("crops", crops, at_least=0)
+    if crops is not None:
+        check_integer("crops", crops, at_least=0)
     names = (objective, unpaired, None if lr_images is None else depth)
     _check_objective(*names, attached_at(model, place))
-    plans = [] if lr_images is not None else _plans(model, place, depth, where, at)
+    plans = [] if lr_images is not None else plan_blocks(model, place, depth, where, at)
     opened = open_images(images)
     task = _Task(
         model,
@@ -361,7 +366,7 @@ def _fit_deep(
     plans: Sequence[BlockPlan],
     recipe: Recipe | None,
     block_recipe: Recipe | None,
-    crops: int,
+    crops: int | None,
     minutes: float | None,
 ) -> _Trained | None:
     """Blocks through the frozen layers behind them, then a head on what comes out.
@@ -369,8 +374,14 @@ def _fit_deep(
     None where training would take longer than it may.
     """
     model, first, view = task.model, plans[0].place, task.views[0]
-    rest, shape = open_rest(model, first, task.place, view.hr_size, task.precision)
-    blocks = {plan.module: _new_block(model, plan, task.seed) for plan in plans}
+    try:
+        rest, shape = open_rest(model, first, task.place, view.hr_size, task.precision)
+    except AttachError as error:
+        if minutes is None:
+            raise
+        tell(f"a head alone: {error}")
+        return None
+    blocks = new_blocks(model, plans, task.seed)
     for plan in plans:
         rest.attach(plan.place, blocks[plan.module])
     block_recipe = block_recipe or BLOCK_RECIPE
@@ -382,7 +393,12 @@ def _fit_deep(
             f"over minutes={minutes:g}"
         )
         return None
-    tell(f"training blocks takes about {seconds / 60:.1f} minutes, after their maps are taken")
+    crops = enough_crops(len(task.images)) if crops is None else crops
+    size = maps_bytes(shape, len(task.images), len(task.views), crops, rest.precision)
+    tell(
+        f"training blocks takes about {seconds / 60:.1f} minutes, after their maps are taken: "
+        f"{size / 1e9:.1f} GB in {task.cache / 'maps'}"
+    )
     maps = extract_maps(
         maps_backbone(task.backbone, model, first),
         task.images,
@@ -588,45 +604,6 @@ def _where(model: nn.Module, place: Place) -> dict[str, str]:
     return {"where": next(found)}
 
 
-def _plans(
-    model: nn.Module, pooled: Place, depth: str, where: str | None, at: str | Sequence[str] | None
-) -> list[BlockPlan]:
-    """Where blocks go; none for a head alone."""
-    if depth == "pooled" and at is not None:
-        raise ValueError(f"at: got {at!r} with depth='pooled', which trains no block")
-    if depth == "pooled" or (depth == "auto" and where is not None):
-        return []
-    attached = attached_at(model, pooled)
-    if attached is not None and gives_clusters(attached):
-        if depth == "auto":
-            return []
-        raise AttachError('depth: a head with output "clusters" is attached, wanted "features"')
-    host = host_of(model)
-    names = [at] if isinstance(at, str) else list(at or [])
-    if not names:
-        found = None if host is None else host.deep_module(model)
-        if found is None and depth == "auto":
-            return []
-        if found is None:
-            raise AttachError(
-                f"at: {type(model).__name__} names no stage of maps of 1/16 of the image's size; "
-                "name a stage or a module"
-            )
-        names = [found]
-    plans = []
-    for name in names:
-        place = find_place(model, at=name)
-        if not isinstance(attached_at(model, place), FeatureTransferBlock | None):
-            raise AttachError(f"at: a head is attached at {place.name!r}, wanted a block")
-        try:
-            plans.append(BlockPlan(name, place, *maps_at(model, place)))
-        except AttachError:
-            if depth == "auto" and at is None:
-                return []
-            raise
-    return plans
-
-
 def _check_settings(views: Sequence[Degradation], held_out: float, minutes: float) -> None:
     if not views:
         raise ValueError("degradation: got none, wanted at least one")
@@ -669,16 +646,6 @@ def _new_head(task: _Task, width: int, images: int) -> FeatureTransferHead:
             got = ", ".join(map(str, task.clusters))
             raise ValueError(f"clusters: got {got}, the attached head gives {k} logits")
     return FeatureTransferHead(**{**config, "in_features": width, "clusters": k}, seed=task.seed)
-
-
-def _new_block(model: nn.Module, plan: BlockPlan, seed: int) -> FeatureTransferBlock:
-    """An untrained block in the sizes of the one that is attached, if one is."""
-    attached = attached_at(model, plan.place)
-    config = {} if attached is None else attached.config
-    sizes = {"channels": plan.channels, "layout": plan.layout}
-    block = FeatureTransferBlock(**{**config, **sizes}, seed=seed)
-    like = host_parameter(model)
-    return block if like is None else block.to(like.device)
 
 
 def _clusterings(task: _Task, head: FeatureTransferHead, hr: Tensor) -> list[Clustering]:

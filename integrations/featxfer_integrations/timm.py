@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featxfer import Backbone, Preprocessing
 from featxfer_integrations._attach import (
+    DEEP_REDUCTIONS,
     AttachError,
     Place,
     gives_clusters,
@@ -109,12 +110,11 @@ def stage_module(model: Any, stage: int) -> str:
     return str(entries[stage]["module"])
 
 
-def deep_module(model: Any) -> str | None:
-    """The last entry of `feature_info` with a reduction of 16, if it names its module."""
+def deep_modules(model: Any) -> list[str]:
+    """The last entry of `feature_info` of each deep reduction, where it names its module."""
     info = getattr(model, "feature_info", None) or []
-    entries = getattr(info, "info", info)
-    names = [e.get("module") for e in entries if e.get("reduction") == 16]
-    return str(names[-1]) if names and names[-1] else None
+    last = {e.get("reduction"): e.get("module") for e in getattr(info, "info", info)}
+    return [str(last[reduction]) for reduction in DEEP_REDUCTIONS if last.get(reduction)]
 
 
 def _classifiers(model: Any) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featxfer import Backbone, Preprocessing
 from featxfer.backbone import frozen
-from featxfer_integrations._attach import AttachError, Place, channel_axis
+from featxfer_integrations._attach import DEEP_REDUCTIONS, AttachError, Place, channel_axis
 from featxfer_integrations._weights import BackboneError, load_by_name, read_state_dict
 
 
@@ -100,9 +100,10 @@ def stage_module(model: nn.Module, stage: int) -> str:
     return layers[stage]
 
 
-def deep_module(model: nn.Module) -> str | None:
-    """The last layer that gives maps of 1/16 of the image, if there is one."""
-    return _layers_by_resolution(model).get(16)
+def deep_modules(model: nn.Module) -> list[str]:
+    """The last layer that gives maps of each deep reduction, where there is one."""
+    last = _layers_by_resolution(model)
+    return [last[reduction] for reduction in DEEP_REDUCTIONS if reduction in last]
 
 
 def _layers_by_resolution(model: nn.Module) -> dict[int, str]:

@@ -72,7 +72,7 @@ def test_all_methods_give_their_rows_and_are_kept(
     for label in ("deep: blocks", "deep: blocks and head"):
         assert table[label]["parameters"]["mean"] > 0
         assert {"deploy", "accuracy", "retrain", "hr", "few-1", "few-10"} <= set(table[label])
-    assert table["deep: blocks"]["block_macs_14"]["mean"] > 0
+    assert table["deep: blocks"]["block_macs"]["mean"] > 0
     paper = table["the paper's head (nearest labels)"]
     assert "deploy" not in paper
     assert paper["retrain"]["mean"] > 0
@@ -90,7 +90,8 @@ def test_unknown_methods_are_told(study: Study, tmp_path: Path) -> None:
 def test_views(study: Study, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "SIZES", (16, 32))
     monkeypatch.setattr(views, "SMALL", 24)
-    given = arguments(study, tmp_path, "--views", kind, "--seeds", 2)
+    monkeypatch.setattr(views, "BLOCK_RECIPE", Recipe(2, 16, 1e-3, optimizer="adamw"))
+    given = arguments(study, tmp_path, "--views", kind, "--seeds", 2, "--deep")
     told = CliRunner().invoke(views.main, given)
     assert told.exit_code == 0, told.output
     results = json.loads((tmp_path / "results.json").read_text())
@@ -98,9 +99,12 @@ def test_views(study: Study, tmp_path: Path, kind: str, monkeypatch: pytest.Monk
     assert list(results["tables"]) == names
     for table in results["tables"].values():
         heads = [f"head of {name}" for name in names]
-        assert list(table) == ["HR", "LR", "ridge regression", *heads, "one head for all"]
+        blocks = f"blocks and head of {', '.join(names[::2])}"
+        assert list(table) == ["HR", "LR", "ridge regression", *heads, "one head for all", blocks]
+        assert "hr loss" in table[blocks]
         assert len(table["one head for all"]["deploy"]["values"]) == 2
     assert views.to_markdown(results) in told.output
+    assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_gaps_are_between_lr_and_hr() -> None:

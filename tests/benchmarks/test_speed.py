@@ -48,6 +48,17 @@ def test_attached_is_measured_and_the_model_left_plain(tmp_path: Path) -> None:
     assert (tmp_path / "summary.md").read_text() == attached.to_markdown(rows)
 
 
+def test_blocks_are_measured_against_the_plain_model(tmp_path: Path) -> None:
+    arguments = ["attached", "--blocks", "--model", "test_resnet", "--batch", "1"]
+    result = CliRunner().invoke(main, [*arguments, "--seconds", "0.01", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["after"] == ["layer3", "layer4"]
+    assert 0 < row["macs"] <= 0.1 * row["model_macs"]
+    assert row["ratio"] > 0
+    assert (tmp_path / "summary.md").read_text() == attached.blocks_to_markdown([row])
+
+
 @pytest.mark.parametrize("folder", ["attached-1", "attached-32"])
 def test_the_readmes_tables_are_those_of_the_committed_results(folder: str) -> None:
     rows = json.loads((FOLDER / "results" / folder / "results.json").read_text())["rows"]

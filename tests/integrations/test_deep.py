@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from featxfer import ArtifactError, Degradation, FeatureTransferBlock, FeatureTransferHead, Recipe
 from featxfer.images import cropped, flipped, open_images
@@ -25,7 +26,14 @@ from featxfer_integrations import (
     transfers_of,
 )
 from featxfer_integrations._attach import is_attached
-from featxfer_integrations.deep import _Views, extract_maps
+from featxfer_integrations.attach import find_place
+from featxfer_integrations.deep import (
+    _Views,
+    enough_crops,
+    extract_maps,
+    new_blocks,
+    plan_blocks,
+)
 
 LR = Degradation(hr_size=32, lr_size=8)
 QUICK = Recipe(epochs=20, learning_rate=1e-3, optimizer="adamw", schedule="one-cycle")
@@ -189,18 +197,72 @@ def test_auto_goes_deep_where_there_is_time(
     view = Degradation(hr_size=64, lr_size=16)
     short = dataclasses.replace(BLOCKS, epochs=1)
     options = {"at": None, "degradation": view, "block_recipe": short, "depth": "auto"}
-    assert fit(copy.deepcopy(model), drawings, tmp_path, **options).depth == "deep"
-    capsys.readouterr()
+    other = copy.deepcopy(model)
+    assert fit(other, drawings, tmp_path, **options).depth == "deep"
+    assert set(transfers_of(other)) == {"layer3", "layer4", "pooled"}
+    assert "minutes, after their maps are taken: 0.0 GB in " in capsys.readouterr().err
     fitted = fit(model, drawings, tmp_path, minutes=1e-9, **options)
     assert fitted.depth == "pooled"
     assert "a head alone: blocks would train for about" in capsys.readouterr().err
     assert set(transfers_of(model)) == {"pooled"}
 
 
+def test_auto_trains_a_head_alone_where_maps_do_not_suffice(
+    drawings: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AttachError("at: the feature does not come from the maps alone")
+
+    monkeypatch.setattr("featxfer_integrations.fit.open_rest", refuse)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet").eval()
+    options = {"at": None, "degradation": Degradation(hr_size=64, lr_size=16)}
+    with pytest.raises(AttachError, match="does not come from the maps alone"):
+        fit(model, drawings, tmp_path, depth="deep", **options)
+    assert not is_attached(model)
+    assert fit(model, drawings, tmp_path, depth="auto", **options).depth == "pooled"
+    assert "a head alone: at: the feature does not come" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("tf_efficientnet_lite0", ["blocks.4", "blocks.6"]),
+        ("resnet18", ["layer3", "layer4"]),
+        ("mobilenetv3_small_100", ["blocks.3", "blocks.5"]),
+    ],
+)
+def test_new_blocks_take_less_than_a_tenth_of_the_arithmetic(name: str, after: list[str]) -> None:
+    model = timm.create_model(name).eval()
+    plans = plan_blocks(model, find_place(model), "auto", None, None)
+    assert [plan.module for plan in plans] == after
+    blocks = new_blocks(model, plans, 0)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 224, 224))
+    whole, added = counter.get_total_flops(), 0
+    for plan in plans:
+        block = blocks[plan.module]
+        maps = torch.zeros(1, plan.channels, plan.side, plan.side)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            block(maps)
+        assert counter.get_total_flops() == 2 * block.macs(plan.side, plan.side)
+        added += counter.get_total_flops()
+    widths = {block.hidden_channels for block in blocks.values()}
+    assert len(widths) == 1
+    assert added <= 0.09 * whole or widths == {16}
+    assert added > 0.08 * whole or widths == {256}
+
+
+def test_crops_make_up_for_few_images() -> None:
+    assert [enough_crops(n) for n in (60, 1212, 2500, 3000, 5000, 100_000)] == [4, 4, 2, 1, 0, 0]
+
+
 def test_views_are_every_image_in_each_lr_view_and_a_share_in_hr(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:
-    from featxfer_integrations.attach import find_place
     from featxfer_integrations.deep import MapAt
     from featxfer_integrations.fit import host_backbone
 

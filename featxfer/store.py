@@ -223,7 +223,7 @@ class StoredRows:
         """Rows by index, `(len(indices), d)`, in the dtype that they were written in."""
         ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
-        owners = torch.searchsorted(ends, indices, right=True)
+        owners = torch.searchsorted(ends, indices.contiguous(), right=True)
         return torch.stack(
             [
                 self.parts[part][row]

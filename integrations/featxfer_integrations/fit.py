@@ -225,25 +225,27 @@ def fit_transfer(
     _check_settings(views, held_out, minutes)
     if crops is not None:
         check_integer("crops", crops, at_least=0)
+    counts = (clusters,) if isinstance(clusters, int | None) else tuple(clusters)
+    _check_clusters(counts)
     names = (objective, unpaired, None if lr_images is None else depth)
     _check_objective(*names, attached_at(model, place))
     plans = [] if lr_images is not None else plan_blocks(model, place, depth, where, at)
     opened = open_images(images)
     task = _Task(
-        model,
-        place,
-        host_backbone(model, place, preprocessing),
-        opened,
-        views,
-        (clusters,) if isinstance(clusters, int | None) else tuple(clusters),
-        objective,
-        warm_start,
-        None if lr_images is None else (open_images(lr_images), unpaired),
-        held_out,
-        seed,
-        Path(cache or default_cache()),
-        precision,
-        {"batch_size": batch_size, "on_error": on_error},
+        model=model,
+        place=place,
+        backbone=host_backbone(model, place, preprocessing),
+        images=opened,
+        views=views,
+        clusters=counts,
+        objective=objective,
+        warm_start=warm_start,
+        lr_images=None if lr_images is None else (open_images(lr_images), unpaired),
+        held_out=held_out,
+        seed=seed,
+        cache=Path(cache or default_cache()),
+        precision=precision,
+        options={"batch_size": batch_size, "on_error": on_error},
     )
     trained = None
     if plans:
@@ -614,6 +616,14 @@ def _check_settings(views: Sequence[Degradation], held_out: float, minutes: floa
         raise ValueError(f"held_out: got {held_out!r}, wanted a share in [0, 1)")
     if not minutes > 0:
         raise ValueError(f"minutes: got {minutes!r}, wanted > 0")
+
+
+def _check_clusters(clusters: Sequence[int | None]) -> None:
+    if not clusters:
+        raise ValueError("clusters: got none, wanted at least one number")
+    for count in clusters:
+        if count is not None:
+            check_integer("clusters", count, at_least=1)
 
 
 def _check_objective(

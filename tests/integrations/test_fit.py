@@ -265,6 +265,8 @@ def test_half_precision_hosts_are_followed(
         ),
         ({"held_out": 1.0}, ValueError, r"held_out: got 1\.0, wanted a share in \[0, 1\)"),
         ({"clusters": 100}, ValueError, "k: got 100 clusters for 54 features"),
+        ({"clusters": 0}, ValueError, "clusters: got 0, wanted an int >= 1"),
+        ({"clusters": []}, ValueError, "clusters: got none, wanted at least one number"),
         ({"clusters": -1}, ValueError, "clusters: got -1, wanted an int >= 1"),
         ({"precision": "int8"}, ValueError, "precision: got 'int8'"),
         ({"where": "nowhere"}, AttachError, "no module 'nowhere'"),

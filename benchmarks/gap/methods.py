@@ -131,7 +131,7 @@ def half(**options: Any) -> Callable[[Study, Sequence[Degradation], int], list[F
 
 
 def deep(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
-    """Blocks alone, with the head on top, and that averaged over the image and its mirror image."""
+    """Blocks alone, with the head on top, and that averaged over flips, and over shifts too."""
     model = study.copy()
     fit = fit_transfer(
         model,
@@ -145,12 +145,14 @@ def deep(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
 
 
 def judge_model(study: Study, model: nn.Module, view: Degradation, fit: TransferFit) -> list[Found]:
-    """Figures of blocks alone, of all that is attached, and of its average over flips."""
+    """Figures of blocks, of all that is attached, and of its averages over flips and shifts."""
     transfers = transfers_of(model)
     head = transfers["pooled"]
     blocks = [module for name, module in transfers.items() if name != "pooled"]
     assert isinstance(head, FeatureTransferHead)
-    train, test = (through_blocks(study, model, split, view) for split in ("trainval", "test"))
+    train = through_blocks(study, model, "trainval", view)
+    test = through_blocks(study, model, "test", view, shifts=True)
+    six = [head.transfer(rows) for rows in (test.lr, test.lr_flipped, *test.lr_shifted)]
     found = []
     for rows in (
         Rows(train.lr, test.lr, test.hr),
@@ -160,12 +162,13 @@ def judge_model(study: Study, model: nn.Module, view: Degradation, fit: Transfer
             (head.transfer(test.lr) + head.transfer(test.lr_flipped)) / 2,
             (head.transfer(test.hr) + head.transfer(test.hr_flipped)) / 2,
         ),
+        Rows(None, torch.stack(six).mean(0)),
     ):
         found.append(study.judge(rows))
-    macs = block_macs(model)
+    macs, logs = block_macs(model), (*fit.blocks_log, *fit.log)
     found[0] |= macs | costs(fit, blocks, fit.blocks_log)
-    found[1] |= macs | costs(fit, [*blocks, head], (*fit.blocks_log, *fit.log))
-    found[2] |= macs | costs(fit, [*blocks, head], (*fit.blocks_log, *fit.log))
+    for row in found[1:]:
+        row |= macs | costs(fit, [*blocks, head], logs)
     return found
 
 
@@ -219,6 +222,15 @@ METHODS: Mapping[str, Method] = {
     "half": Method(("head, half of the images, pairs",), True, half()),
     "moments": Method(("head, two halves, moments",), True, half(unpaired="moments")),
     "transport": Method(("head, two halves, transport",), True, half(unpaired="transport")),
-    "deep": Method(("deep: blocks", "deep: blocks and head", "deep, flips averaged"), True, deep),
+    "deep": Method(
+        (
+            "deep: blocks",
+            "deep: blocks and head",
+            "deep, flips averaged",
+            "deep, flips and shifts averaged",
+        ),
+        True,
+        deep,
+    ),
 }
 """Methods by the name that `--methods` takes."""

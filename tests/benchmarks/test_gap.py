@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.gap import __main__ as gap
-from benchmarks.gap import methods, run, tune, views
+from benchmarks.gap import features, methods, run, tune, views
 from benchmarks.gap.study import Study, small, subset
 from benchmarks.gap.tables import few_labels, to_markdown, with_gaps
 from benchmarks.voc2007.sample_devkit import render_sample
 from featxfer import PROTOCOLS, Degradation, Recipe, VOCDevkit
+from featxfer_integrations.attach import find_place
+from featxfer_integrations.deep import MapAt
 
 FOLDER = Path(gap.__file__).parent
 
@@ -187,3 +190,24 @@ def test_the_readme_shows_what_the_results_hold(folder: Path) -> None:
         assert few_labels(results["table"]) in text
     else:
         assert views.to_markdown(results) in text
+
+
+def test_moved_images_keep_their_size_and_repeat_their_edges(study: Study) -> None:
+    model = study.copy()
+    place = find_place(model, at="layer1")
+    plain, moved = MapAt(model, place), partial(features._Moved, model, place)
+    images = torch.rand(1, 3, 64, 64)
+    wanted = torch.cat([images[..., :1].expand(-1, -1, -1, 8), images[..., :-8]], dim=-1)
+    with torch.no_grad():
+        assert torch.equal(moved(8, 0)(images), plain(wanted))
+        up = torch.cat([images[..., 8:, :], images[..., -1:, :].expand(-1, -1, 8, -1)], dim=-2)
+        assert torch.equal(moved(0, -8)(images), plain(up))
+
+
+def test_shifts_are_kept_apart_from_what_is_not_moved(study: Study) -> None:
+    through = features.through_blocks(study, study.model, "test", study.view(16), shifts=True)
+    rows = [through.lr, *through.lr_shifted]
+    assert len(rows) == 5
+    for i, first in enumerate(rows):
+        for second in rows[:i]:
+            assert not torch.allclose(first, second)

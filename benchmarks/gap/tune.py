@@ -118,6 +118,7 @@ def main(
         table = bench.heads() if part == "head" else bench.blocks(seconds)
         results = {
             "config": {
+                "part": part,
                 "backbone": backbone,
                 "weights": weights,
                 "lr_size": lr_size,

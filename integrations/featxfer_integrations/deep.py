@@ -60,9 +60,6 @@ PROBE = 64
 WHOLE = 2
 """Variants that are not cropped, the first ones: the image and its mirror image."""
 
-SAMPLE = 16
-"""Images whose features are compared with the model's own before training."""
-
 
 @dataclass(frozen=True)
 class BlockPlan:

@@ -77,8 +77,8 @@ SHAPES: Mapping[str, Shape] = {
     ),
     "these, half as wide": (PLACES, {"hidden_channels": 96}),
 }
-"""After the last stage of each resolution, by timm's names of an EfficientNet, and after two of them;
-two depthwise 7 x 7 units each where nothing else is said.
+"""After the last stage of each resolution, by timm's names of an EfficientNet, and after two of
+them; two depthwise 7 x 7 units each where nothing else is said.
 All but the last take the same arithmetic, 8.4% to 8.8% of EfficientNet-Lite0's."""
 
 

@@ -248,7 +248,8 @@ class PseudoLabelTrainer:
             targets: a row each, as the objective takes them: pseudo-labels int64 `(n,)`, or HR
                 features `(n, d)`.
             held_out: other rows and their targets. The head gets the weights of the epoch with the
-                lowest loss on them, and the recipe's `patience` counts.
+                lowest loss on them, or keeps those that it came with where no epoch's is lower, and
+                the recipe's `patience` counts.
             callback: called after each epoch with its log; an exception from it ends training.
 
         Raises:
@@ -301,6 +302,8 @@ class PseudoLabelTrainer:
                 torch.manual_seed(self.seed)
                 if checkpoint is not None and checkpoint.exists():
                     progress = self._resume(checkpoint, progress.generator)
+                elif held_out is not None:
+                    self._note(progress, self._judge(held_out, device))
                 while not self._is_done(progress):
                     self._epoch(progress, rows, held_out, device)
                     if checkpoint is not None:
@@ -347,11 +350,16 @@ class PseudoLabelTrainer:
                 f"{first_rate:g}); the head keeps the weights from before that epoch"
             )
         judged = None if held_out is None else self._judge(held_out, device)
-        if judged is not None and judged < progress.lowest:
-            progress.lowest = judged
-            progress.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        if judged is not None:
+            self._note(progress, judged)
         accuracy, seconds = int(torch.stack(right).sum()) / count, time.perf_counter() - start
         progress.log.append(EpochLog(epoch, mean_loss, accuracy, first_rate, seconds, judged))
+
+    def _note(self, progress: _Progress, judged: float) -> None:
+        """Keeps the weights if their held-out loss is the lowest so far."""
+        if judged < progress.lowest:
+            progress.lowest = judged
+            progress.best = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def _judge(self, held_out: Rows, device: torch.device) -> float:
@@ -385,7 +393,8 @@ class PseudoLabelTrainer:
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         log = json.dumps([dataclasses.asdict(entry) for entry in progress.log])
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        write_atomic(path, safetensors.torch.save(tensors, {"log": log}))
+        said = {"log": log, "lowest": repr(progress.lowest)}
+        write_atomic(path, safetensors.torch.save(tensors, said))
 
     def _resume(self, path: Path, generator: torch.Generator) -> _Progress:
         """Weights, optimizer, randomness and log as after the checkpoint's last epoch."""
@@ -394,6 +403,7 @@ class PseudoLabelTrainer:
             tensors = safetensors.torch.load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             log = [EpochLog(**entry) for entry in json.loads(header["__metadata__"]["log"])]
+            lowest = float(header["__metadata__"]["lowest"])
             self._restore({name: tensors[f"weights.{name}"] for name in self.parameters})
         except (
             safetensors.SafetensorError,
@@ -420,8 +430,7 @@ class PseudoLabelTrainer:
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"])
-        losses = [entry.held_out_loss for entry in log if entry.held_out_loss is not None]
-        return _Progress(generator, log, min(losses, default=math.inf), best)
+        return _Progress(generator, log, lowest, best)
 
 
 @dataclass

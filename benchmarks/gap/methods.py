@@ -132,7 +132,7 @@ def half(**options: Any) -> Callable[[Study, Sequence[Degradation], int], list[F
 
 def deep(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
     """Blocks alone, with the head on top, and that averaged over flips, and over shifts too."""
-    model = study.copy()
+    model = attach_transfer(study.copy())
     fit = fit_transfer(
         model,
         study.images("trainval"),

@@ -203,7 +203,7 @@ class Bench:
         model, fit = self._fit_blocks(seed, at, config, recipe)
         view = self.study.view(self.lr_size)
         rows = through_blocks(self.study, model, "trainval", view)
-        blocks = [module for name, module in transfers_of(model).items() if name != "pooled"]
+        blocks = list(transfers_of(model).values())
         found = {**block_macs(model), **flat(costs(fit, blocks, fit.blocks_log)), "epochs": epochs}
         return {**self._judge(rows.lr, seed), **found}
 
@@ -215,8 +215,7 @@ class Bench:
             channels, layout, _ = maps_at(model, find_place(model, at=name))
             block = FeatureTransferBlock(channels, **{"layout": layout, **config})
             attach_transfer(model, block, at=name)
-        brief = dataclasses.replace(FEATURES_RECIPE, epochs=1)
-        options = {"recipe": brief, "block_recipe": recipe, "crops": 0}
+        options = {"block_recipe": recipe, "crops": 0}
         return model, self._fit(model, seed, depth="deep", at=at, **options)
 
     def _fit(self, model: nn.Module, seed: int, **options: Any) -> TransferFit:

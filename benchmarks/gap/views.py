@@ -27,13 +27,12 @@ from featxfer import (
     BLOCK_RECIPE,
     FEATURES_RECIPE,
     Degradation,
-    FeatureTransferHead,
     Recipe,
     VOCDevkit,
 )
 from featxfer._files import write_atomic
 from featxfer.features import default_cache
-from featxfer_integrations import CorruptedDegradation, fit_transfer, transfers_of
+from featxfer_integrations import CorruptedDegradation, fit_transfer
 
 SIZES = (16, 24, 32, 48, 64, 96, 128)
 SMALL = 64
@@ -138,7 +137,7 @@ def run(
             key, lambda: {"rows": _deep(study, known, list(views.values()), recipe)}
         )["rows"]
         for name, figures in zip(views, found, strict=True):
-            rows[name][f"blocks and head of {', '.join(list(views)[::2])}"] = [figures]
+            rows[name][f"blocks of {', '.join(list(views)[::2])}"] = [figures]
     return {
         "config": {
             "hr_size": study.resize.hr_size,
@@ -184,12 +183,10 @@ def _deep(
         crops=0,
         cache=study.cache,
     )
-    head = transfers_of(model)["pooled"]
-    assert isinstance(head, FeatureTransferHead)
     found = []
     for view in views:
         test = through_blocks(study, model, "test", view)
-        found.append(study.judge(Rows(None, head.transfer(test.lr), head.transfer(test.hr))))
+        found.append(study.judge(Rows(None, test.lr, test.hr)))
     return found
 
 

@@ -26,7 +26,7 @@ def main() -> None:
 @click.option("--seconds", default=60.0, help="About how long a row takes.")
 @click.option("--device", default="cpu")
 @click.option("--out", type=Path, help="[default: runs/speed/attached, or runs/speed/blocks]")
-@click.option("--blocks", is_flag=True, help="Default blocks and a head, not heads alone.")
+@click.option("--blocks", is_flag=True, help="Default blocks instead of heads.")
 def time_attached(
     models: tuple[str, ...],
     batches: tuple[int, ...],
@@ -35,7 +35,7 @@ def time_attached(
     out: Path | None,
     blocks: bool,
 ) -> None:
-    """A model with a head, or blocks and a head, attached against the same model without."""
+    """A model with a head, or blocks, attached against the same model without."""
     with told_errors():
         out = out or Path("runs") / "speed" / ("blocks" if blocks else "attached")
         measure = attached.measure_blocks if blocks else attached.measure

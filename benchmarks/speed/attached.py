@@ -56,7 +56,7 @@ def measure(
 def measure_blocks(
     models: Sequence[str], batches: Sequence[int], seconds: float, device: str
 ) -> Iterator[dict[str, Any]]:
-    """The same for the blocks that `fit_transfer(depth="deep")` attaches, and a head."""
+    """The same for the blocks that `fit_transfer(depth="deep")` attaches."""
     for name in models:
         torch.manual_seed(0)
         model = timm.create_model(name).eval().to(device, memory_format=torch.channels_last)
@@ -88,7 +88,6 @@ def measure_blocks(
 def _attach_all(model: nn.Module, blocks: Mapping[str, FeatureTransferBlock]) -> None:
     for module, block in blocks.items():
         attach_transfer(model, block, at=module)
-    attach_transfer(model)
 
 
 def _compare(

@@ -67,6 +67,7 @@ from featxfer_integrations.attach import (
 )
 from featxfer_integrations.deep import (
     BlockPlan,
+    DeepFit,
     enough_crops,
     epoch_rows,
     estimate_seconds,
@@ -110,9 +111,9 @@ class TransferFit:
     """What `fit_transfer` found.
 
     Args:
-        log: of the head's training, an entry an epoch.
+        log: of the head's training, an entry an epoch; empty where blocks were trained without one.
         diagnostics: of the pseudo-labels, a degradation each.
-        held_out: of the trained head, a degradation each; empty where no pairs were held out, and
+        held_out: of what was trained, a degradation each; empty where no pairs were held out, and
             for output "clusters", which is not in the space of HR features.
         images: how many the head was trained on.
         skipped: image name -> why it could not be read.
@@ -154,7 +155,7 @@ def fit_transfer(
     on_error: str = "raise",
     seed: int = 0,
 ) -> TransferFit:
-    """Trains a head, and blocks before it, on unlabelled HR images and leaves them attached.
+    """Trains blocks or a head on unlabelled HR images and leaves them attached.
 
     Features of the HR view and of each LR view are taken once and kept in the cache, HR features
     are clustered, and a head is trained towards the HR features of the same images, for HR inputs
@@ -164,9 +165,10 @@ def fit_transfer(
     a new head or block is attached.
     A head with output "clusters" is trained on the paper's pseudo-labels instead.
 
-    With depth "deep", a `FeatureTransferBlock` after each of some stages is trained first, towards
-    the same features, through the frozen layers behind it; then the head, on what comes out. This
-    is where most is gained, since maps have not yet lost what the global pool loses. Maps at the
+    With depth "deep", a `FeatureTransferBlock` after each of some stages is trained towards the
+    same features, through the frozen layers behind it, and then the head, on what comes out, if one
+    is attached: a head on top adds nothing on average (`benchmarks/gap`), so none is put there.
+    Blocks gain most, since maps have not yet lost what the global pool loses. Maps at the
     first of these stages are computed once and kept in the cache. Interrupted training goes on when
     the same call is made again. How long it will take, and how much of the disk, is told on stderr
     before it begins.
@@ -176,9 +178,9 @@ def fit_transfer(
         images: a folder, an ImageFolder tree, a list of files or a map-style Dataset, see
             `featxfer.open_images`; 100 images at the least make sense, labels are not looked at.
         degradation: how LR views are made; several are served by one head.
-        depth: "pooled": a head alone; "deep": blocks and a head; "auto": deep where the model has
-            a stage of maps for it, nothing else was asked for, and the estimate of the training
-            time is within `minutes`.
+        depth: "pooled": a head alone; "deep": blocks, and the head that is attached; "auto": deep
+            where the model has a stage of maps for it, nothing else was asked for, and the estimate
+            of the training time is within `minutes`.
         where: as in `attach_transfer`, for models that do not say where their feature is.
         at: where blocks go, as in `attach_transfer`, one place or several from the first to the
             last; by default after the last stages of 1/16 and of 1/32 of the image's size, as far
@@ -371,7 +373,7 @@ def _fit_deep(
     crops: int | None,
     minutes: float | None,
 ) -> _Trained | None:
-    """Blocks through the frozen layers behind them, then a head on what comes out.
+    """Blocks through the frozen layers behind them, then the head, if one is attached.
 
     None where training would take longer than it may.
     """
@@ -427,14 +429,14 @@ def _fit_deep(
             checkpoint=lambda key: task.cache / "training" / f"{key}.safetensors",
             callback=advance,
         )
-    head = _new_head(task, deep.hr[0].shape[1], len(train))
-    recipe = recipe or FEATURES_RECIPE
-    wanted = torch.cat([rows[train] for rows in deep.hr])
-    given = [
-        torch.cat([rows[train] for rows in pair]) for pair in (*deep.lr_through, deep.hr_through)
-    ]
-    log = _train(task, head, wanted, given, recipe, deep.clusterings)
-    through = [head.transfer(pair[0][test]) for pair in (*deep.lr_through, deep.hr_through)]
+    modules: list[tuple[TransferModule, Place]] = [(blocks[p.module], p.place) for p in plans]
+    through = [pair[0][test] for pair in (*deep.lr_through, deep.hr_through)]
+    log: list[EpochLog] = []
+    if attached_at(model, task.place) is not None:
+        recipe = recipe or FEATURES_RECIPE
+        head, log = _fit_on_top(task, deep, train, recipe)
+        through = [head.transfer(rows) for rows in through]
+        modules.append((head, task.place))
     hr = deep.hr[0]
     fit = TransferFit(
         log,
@@ -445,14 +447,6 @@ def _fit_deep(
         "deep",
         deep.log,
     )
-    head.card = task.card(
-        fit,
-        log,
-        sha256=task.backbone.weights_sha256,
-        recipe=recipe.to_dict(),
-        precision=rest.precision,
-        after=[plan.module for plan in plans],
-    )
     for plan in plans:
         blocks[plan.module].card = task.card(
             fit,
@@ -462,8 +456,29 @@ def _fit_deep(
             precision=rest.precision,
             at=plan.module,
         )
-    places = [(blocks[plan.module], plan.place) for plan in plans]
-    return _Trained(fit, [*places, (head, task.place)])
+    if log:
+        assert recipe is not None
+        head.card = task.card(
+            fit,
+            log,
+            sha256=task.backbone.weights_sha256,
+            recipe=recipe.to_dict(),
+            precision=rest.precision,
+            after=[plan.module for plan in plans],
+        )
+    return _Trained(fit, modules)
+
+
+def _fit_on_top(
+    task: _Task, deep: DeepFit, train: Tensor, recipe: Recipe
+) -> tuple[FeatureTransferHead, list[EpochLog]]:
+    """A head on features that come out of trained blocks."""
+    head = _new_head(task, deep.hr[0].shape[1], len(train))
+    wanted = torch.cat([rows[train] for rows in deep.hr])
+    given = [
+        torch.cat([rows[train] for rows in pair]) for pair in (*deep.lr_through, deep.hr_through)
+    ]
+    return head, _train(task, head, wanted, given, recipe, deep.clusterings)
 
 
 def _fit_unpaired(task: _Task, recipe: Recipe | None, lr_images: Images, unpaired: str) -> _Trained:
@@ -741,8 +756,9 @@ def _warn_if_useless(fitted: TransferFit) -> None:
         if part.before.cosine > 1 - 1e-6:
             message = "LR features are the HR features: there is no gap to recover"
         elif part.after.cosine <= part.before.cosine:
+            what = "the head does" if fitted.depth == "pooled" else "blocks do"
             message = (
-                f"the head does not help: held-out cosine {part.before.cosine:.3f} before, "
+                f"{what} not help: held-out cosine {part.before.cosine:.3f} before, "
                 f"{part.after.cosine:.3f} after"
             )
         else:

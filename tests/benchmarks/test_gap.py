@@ -102,7 +102,7 @@ def test_views(study: Study, tmp_path: Path, kind: str, monkeypatch: pytest.Monk
     assert list(results["tables"]) == names
     for table in results["tables"].values():
         heads = [f"head of {name}" for name in names]
-        blocks = f"blocks and head of {', '.join(names[::2])}"
+        blocks = f"blocks of {', '.join(names[::2])}"
         assert list(table) == ["HR", "LR", "ridge regression", *heads, "one head for all", blocks]
         assert "hr loss" in table[blocks]
         assert len(table["one head for all"]["deploy"]["values"]) == 2

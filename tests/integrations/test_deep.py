@@ -56,16 +56,24 @@ def fit(model: nn.Module, images: Any, cache: Path, **options: Any) -> TransferF
     return fit_transfer(model, images, **arguments)
 
 
-def test_blocks_and_a_head_are_attached_and_help(
-    model: nn.Module, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("with_head", [False, True])
+def test_blocks_are_attached_and_help(
+    model: nn.Module,
+    drawings: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    with_head: bool,
 ) -> None:
     before = copy.deepcopy(model.state_dict())
     images = torch.randn(2, 3, 32, 32)
     plain = model(images)
+    if with_head:
+        attach_transfer(model)
     fitted = fit(model, drawings, tmp_path)
     assert fitted.depth == "deep"
     assert "training blocks takes about" in capsys.readouterr().err
-    assert set(transfers_of(model)) == {"layer1", "pooled"}
+    assert set(transfers_of(model)) == ({"layer1", "pooled"} if with_head else {"layer1"})
+    assert len(fitted.log) == (20 if with_head else 0)
     assert len(fitted.blocks_log) == 6
     assert fitted.blocks_log[-1].loss < fitted.blocks_log[0].loss
     assert all(entry.held_out_loss is not None for entry in fitted.blocks_log)
@@ -79,10 +87,13 @@ def test_blocks_and_a_head_are_attached_and_help(
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("with_head", [False, True])
 def test_the_model_gives_the_features_that_were_reported(
-    model: nn.Module, drawings: Path, tmp_path: Path
+    model: nn.Module, drawings: Path, tmp_path: Path, with_head: bool
 ) -> None:
     """The held-out cosine again, from pixels through the attached model."""
+    if with_head:
+        attach_transfer(model)
     (pairs,) = fit(model, drawings, tmp_path).held_out
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     opened = open_images(drawings)
@@ -108,6 +119,7 @@ def test_cards_say_where_blocks_go_and_fit_again(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:
     other = copy.deepcopy(model)
+    attach_transfer(model)
     fit(model, drawings, tmp_path)
     block, head = transfers_of(model)["layer1"], transfers_of(model)["pooled"]
     assert block.card is not None
@@ -188,7 +200,7 @@ def test_several_places_and_what_is_attached_is_trained_anew(
     assert fitted.held_out[0].after.cosine > fitted.held_out[0].before.cosine
 
 
-@pytest.mark.filterwarnings("ignore:the head does not help")
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
 def test_auto_goes_deep_where_there_is_time(
     drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,12 +211,24 @@ def test_auto_goes_deep_where_there_is_time(
     options = {"at": None, "degradation": view, "block_recipe": short, "depth": "auto"}
     other = copy.deepcopy(model)
     assert fit(other, drawings, tmp_path, **options).depth == "deep"
-    assert set(transfers_of(other)) == {"layer3", "layer4", "pooled"}
+    assert set(transfers_of(other)) == {"layer3", "layer4"}
     assert "minutes, after their maps are taken: 0.0 GB in " in capsys.readouterr().err
     fitted = fit(model, drawings, tmp_path, minutes=1e-9, **options)
     assert fitted.depth == "pooled"
     assert "a head alone: blocks would train for about" in capsys.readouterr().err
     assert set(transfers_of(model)) == {"pooled"}
+
+
+def test_blocks_that_do_not_help_stay_the_identity(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    plain = model(images)
+    wild = Recipe(epochs=1, learning_rate=10.0, batch_size=64, optimizer="adamw", steps=())
+    with pytest.warns(UserWarning, match="blocks do not help: held-out cosine"):
+        (pairs,) = fit(model, drawings, tmp_path, block_recipe=wild).held_out
+    assert pairs.after.cosine == pytest.approx(pairs.before.cosine)
+    assert torch.equal(model(images), plain)
 
 
 def test_auto_trains_a_head_alone_where_maps_do_not_suffice(

@@ -49,7 +49,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
         ("gap %", "retrain gap", 1),
         ("HR loses", "hr loss", 1),
         ("parameters", "parameters", 0),
-        ("blocks, M MACs", "block_macs", 1),
+        ("blocks, M MACs", "block_macs", 0),
         ("training, s", "seconds", 0),
     ]
     return grid(table, columns)

@@ -271,7 +271,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
         ("held-out cosine gap", "held-out cosine_gap", 3),
         ("HR cosine", "held-out hr_cosine", 3),
         ("parameters", "parameters", 0),
-        ("blocks, M MACs", "block_macs", 1),
+        ("blocks, M MACs", "block_macs", 0),
         ("epochs", "epochs", 0),
         ("training, s", "seconds", 0),
     ]

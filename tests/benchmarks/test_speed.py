@@ -59,6 +59,11 @@ def test_blocks_are_measured_against_the_plain_model(tmp_path: Path) -> None:
     assert (tmp_path / "summary.md").read_text() == attached.blocks_to_markdown([row])
 
 
+def test_the_readmes_table_of_blocks_is_that_of_the_committed_results() -> None:
+    rows = json.loads((FOLDER / "results" / "blocks" / "results.json").read_text())["rows"]
+    assert attached.blocks_to_markdown(rows) in (FOLDER / "README.md").read_text()
+
+
 @pytest.mark.parametrize("folder", ["attached-1", "attached-32"])
 def test_the_readmes_tables_are_those_of_the_committed_results(folder: str) -> None:
     rows = json.loads((FOLDER / "results" / folder / "results.json").read_text())["rows"]

@@ -7,6 +7,7 @@ them as towards the HR features of pairs (`fit_features_head` with `targets`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -63,10 +64,7 @@ def transport_targets(
     wanted, rows = _two_sets(hr, lr)
     if not regularisation > 0:
         raise ValueError(f"regularisation: got {regularisation!r}, wanted > 0")
-    try:
-        import ot
-    except ImportError as error:
-        raise ImportError("objective 'transport' needs POT: pip install pot") from error
+    ot = require_pot()
     means, sizes = _cluster_means(wanted, clustering)
     cost = (1 - _similarities(wanted, rows, means)).double().numpy()
     masses = np.full(len(rows), 1 / len(rows)), (sizes / sizes.sum()).double().numpy()
@@ -82,6 +80,18 @@ UNPAIRED: Mapping[str, Callable[[Tensor, Tensor, Clustering], Tensor]] = {
     "transport": transport_targets,
 }
 """Targets by name."""
+
+
+def require_pot() -> ModuleType:
+    """POT, which "transport" needs; `ImportError` says how to install it."""
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError(
+            "unpaired: 'transport' needs POT: pip install pot, or featxfer's extra 'transport'"
+        ) from error
+    module: ModuleType = ot
+    return module
 
 
 def unpaired_targets(name: str, hr: Tensor, lr: Tensor, clustering: Clustering) -> Tensor:

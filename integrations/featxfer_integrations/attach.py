@@ -105,7 +105,7 @@ def attach_transfer(
             torchvision's models the resolutions of their layers, from the highest), or a module's
             name.
         in_features: the feature's width, where only running the model would tell it and an image
-            of 3 x 224 x 224 is not what it takes.
+            of the size that the model says (224 x 224 if it says none) is not what it takes.
         degradation: of the images that will be seen; a head that was trained on others is warned
             of.
         dtype: of what is attached, by default the model's; torch.bfloat16 halves its size.
@@ -154,10 +154,18 @@ def attach_transfer(
 def save_transfers(model: nn.Module, folder: str | Path) -> Path:
     """Writes all that is attached into `folder`, a subfolder a place, and returns it.
 
-    Raises `AttachError` if nothing is attached, and as `save_pretrained` of each: `ValueError` for
-    what has no card, `DiskError`.
+    Raises `AttachError` if nothing is attached, `FileExistsError` where an earlier save left what
+    `load_transfers` would attach besides, and as `save_pretrained` of each: `ValueError` for what
+    has no card, `DiskError`.
     """
     transfers = transfers_of(model)
+    earlier = sorted(path.parent.name for path in Path(folder).glob("*/card.json"))
+    others = [name for name in earlier if name not in transfers]
+    if others:
+        raise FileExistsError(
+            f"folder: {folder} holds what an earlier save had attached at {', '.join(others)}; "
+            "wanted a folder without it"
+        )
     for name in transfers:
         if transfers[name].card is None:
             raise ValueError(f"model: what is attached at {name!r} has no card; train it first")

@@ -254,7 +254,7 @@ def open_rest(
     if like is not None:
         image = image.to(like.device, like.dtype)
     rest = Rest(model, stage, pooled, image, precision)
-    with torch.no_grad():
+    with frozen(model):
         shape = tuple(take_feature(model, stage, image).shape[1:])
     return rest, shape
 

@@ -27,6 +27,7 @@ from featxfer import (
     Card,
     Degradation,
     EpochLog,
+    FeatureTransferBlock,
     FeatureTransferHead,
     Images,
     Preprocessing,
@@ -45,6 +46,7 @@ from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
 from featxfer.pairs import PairAgreement, compare_pairs
 from featxfer.pseudo_labels import Clustering, LabelDiagnostics
+from featxfer.unpaired import require_pot
 from featxfer_integrations._attach import (
     CHILD,
     AttachError,
@@ -111,7 +113,7 @@ class TransferFit:
     """What `fit_transfer` found.
 
     Args:
-        log: of the head's training, an entry an epoch; empty where blocks were trained without one.
+        log: of the head's training, an entry an epoch; empty if no head was trained.
         diagnostics: of the pseudo-labels, a degradation each.
         held_out: of what was trained, a degradation each; empty where no pairs were held out, and
             for output "clusters", which is not in the space of HR features.
@@ -201,8 +203,9 @@ def fit_transfer(
             mirror image, as many maps more in the cache; by default as many as bring the views of
             all images to about 10,000, 4 at the most.
         minutes: of depth "auto": the longest that blocks may train.
-        held_out: share of the images, in [0, 1), that is left out of training for the report, and
-            to tell which epoch's weights are best.
+        held_out: share of the images, in [0, 1), that is left out of training for the report. For
+            blocks they also tell, without labels, which epoch's weights are best, so the report of
+            blocks is a little better than other images would have it.
         preprocessing: by default what the model says (timm) or ImageNet's mean and std.
         cache: folder for features; by default `$FEATXFER_CACHE` or `~/.cache/featxfer`.
         batch_size: images a forward pass.
@@ -213,11 +216,13 @@ def fit_transfer(
 
     Raises:
         AttachError: as `attach_transfer`; with depth "deep" no stage of maps that a block fits,
-            or a feature that hangs on more than these maps.
+            or a feature that hangs on more than these maps; blocks are attached elsewhere, which
+            what is trained now would not know of.
         ValueError: bad arguments, features without variance, more clusters than images.
         ImageError, FileNotFoundError, StoreError, DiskError: as `open_images` and
             `extract_features`.
         DivergenceError: the loss became infinite.
+        ImportError: `unpaired` is "transport" and POT is not installed.
     """
     check_host(model)
     check_choice("depth", depth, DEPTHS)
@@ -232,6 +237,7 @@ def fit_transfer(
     names = (objective, unpaired, None if lr_images is None else depth)
     _check_objective(*names, attached_at(model, place))
     plans = [] if lr_images is not None else plan_blocks(model, place, depth, where, at)
+    _check_other_blocks(model, plans)
     opened = open_images(images)
     task = _Task(
         model=model,
@@ -254,6 +260,7 @@ def fit_transfer(
         longest = minutes if depth == "auto" else None
         trained = _fit_deep(task, plans, recipe, block_recipe, crops, longest)
     if trained is None:
+        _check_other_blocks(model, [])
         trained = _fit_pooled(task, recipe)
     for module, modules_place in trained.modules:
         _put(model, modules_place, module)
@@ -651,6 +658,25 @@ def _check_objective(
         raise ValueError("lr_images: got some with depth='deep', which needs pairs")
     if attached is not None and gives_clusters(attached) and depth is not None:
         raise AttachError('lr_images: a head with output "clusters" is attached, wanted "features"')
+    if depth is not None and unpaired == "transport":
+        require_pot()
+
+
+def _check_other_blocks(model: nn.Module, plans: Sequence[BlockPlan]) -> None:
+    """Raises `AttachError` where blocks are attached that the training would not know of."""
+    if not is_attached(model):
+        return
+    transfers, known = transfers_of(model), {plan.place.name for plan in plans}
+    others = [
+        name
+        for name in transfers
+        if isinstance(transfers[name], FeatureTransferBlock) and name not in known
+    ]
+    if others:
+        raise AttachError(
+            f"model: blocks are attached at {', '.join(others)}, and what is trained now would be "
+            "trained without them; detach_transfer first, or name all places by at="
+        )
 
 
 def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -141,6 +141,10 @@ def test_cards_say_where_blocks_go_and_fit_again(
     with pytest.raises(AttachError, match="something is attached already"):
         load_transfers(third, saved)
     detach_transfer(third)
+    attach_transfer(third, head=tmp_path / "block", at="layer1")
+    with pytest.raises(FileExistsError, match=r"an earlier save had attached at pooled; wanted a"):
+        save_transfers(third, saved)
+    detach_transfer(third)
     with pytest.raises(FileNotFoundError, match="nothing that save_transfers wrote"):
         load_transfers(third, tmp_path / "block")
     with torch.no_grad():
@@ -198,6 +202,35 @@ def test_several_places_and_what_is_attached_is_trained_anew(
     assert set(transfers_of(model)) == {"layer1", "layer2", "pooled"}
     assert all(bool(parameter.any()) for parameter in block.parameters())
     assert fitted.held_out[0].after.cosine > fitted.held_out[0].before.cosine
+
+
+def test_a_model_in_training_mode_stays_as_it_is(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    """Batch norm sees nothing of it, and the blocks are those of the model in eval mode."""
+    other = copy.deepcopy(model).train()
+    before = copy.deepcopy(other.state_dict())
+    (pairs,) = fit(other, drawings, tmp_path).held_out
+    assert other.training
+    state = other.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    assert pairs == fit(model, drawings, tmp_path).held_out[0]
+
+
+def test_blocks_that_training_would_not_know_of_are_refused(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    fit(model, drawings, tmp_path)
+    state = copy.deepcopy(model.state_dict())
+    message = "blocks are attached at layer1, and what is trained now would be trained without"
+    with pytest.raises(AttachError, match=message):
+        fit(model, drawings, tmp_path, at=None, depth="pooled")
+    with pytest.raises(AttachError, match=message):
+        fit(model, drawings, tmp_path, at="layer2")
+    with pytest.raises(AttachError, match=message):
+        fit(model, drawings, tmp_path, depth="auto", minutes=1e-9)
+    assert set(transfers_of(model)) == {"layer1"}
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")

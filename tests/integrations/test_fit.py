@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,16 @@ def test_lr_photographs_without_pairs(
     assert not torch.equal(head.eval()(features), features)
     detach_transfer(model)
     attach_transfer(model, head=tmp_path / "head", degradation=LR)
+
+
+def test_without_pot_nothing_is_begun(
+    model: nn.Module, small_photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ot", None)
+    cache = tmp_path / "cache"
+    with pytest.raises(ImportError, match="unpaired: 'transport' needs POT"):
+        fit(model, small_photographs, cache, lr_images=small_photographs)
+    assert not cache.exists()
 
 
 def test_without_pairs_there_is_no_deep_and_no_clusters_head(

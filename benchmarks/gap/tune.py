@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.gap.features import through_blocks
-from benchmarks.gap.methods import block_macs, costs
+from benchmarks.gap.methods import block_macs, costs, report
 from benchmarks.gap.study import Study
 from benchmarks.gap.tables import grid, summarised
 from benchmarks.shell import told_errors
@@ -188,7 +188,11 @@ class Bench:
         head = transfers_of(model)["pooled"]
         assert isinstance(head, FeatureTransferHead)
         rows = self.study.features("trainval", self.study.view(self.lr_size))
-        return {**self._judge(head.transfer(rows.lr), seed), **flat(costs(fit, [head], ()))}
+        return {
+            **self._judge(head.transfer(rows.lr), seed),
+            **costs([head], fit.log),
+            **held_out(fit),
+        }
 
     def _blocks(
         self, seed: int, at: tuple[str, ...], config: dict[str, Any], seconds: float
@@ -201,7 +205,8 @@ class Bench:
         view = self.study.view(self.lr_size)
         rows = through_blocks(self.study, model, "trainval", view)
         blocks = list(transfers_of(model).values())
-        found = {**block_macs(model), **flat(costs(fit, blocks, fit.blocks_log)), "epochs": epochs}
+        found = {**block_macs(model), **costs(blocks, fit.blocks_log), **held_out(fit)}
+        found["epochs"] = epochs
         return {**self._judge(rows.lr, seed), **found}
 
     def _fit_blocks(
@@ -254,10 +259,10 @@ class Bench:
         return {**found, **gaps}
 
 
-def flat(found: dict[str, Any]) -> dict[str, Any]:
-    """Costs with the self-check of the one degradation among them."""
-    check = found.pop("self_check")
-    return {**found, **{f"held-out {name}": value for name, value in (check or [{}])[0].items()}}
+def held_out(fit: TransferFit) -> dict[str, Any]:
+    """The self-check of the one degradation, if images were held out."""
+    checks = report(fit)["self_check"] or [{}]
+    return {f"held-out {name}": value for name, value in checks[0].items()}
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:

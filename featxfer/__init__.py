@@ -3,7 +3,7 @@
 from featxfer.artifact import ArtifactError, Card, load_head, save_head
 from featxfer.backbone import Backbone, Preprocessing
 from featxfer.block import FeatureTransferBlock
-from featxfer.degrade import Degradation
+from featxfer.degrade import BaseDegradation, Degradation, ScaledDegradation
 from featxfer.features import Features, extract_features, scale_features
 from featxfer.head import FeatureTransferHead
 from featxfer.images import ImageError, Images, open_images
@@ -54,6 +54,7 @@ __all__ = [
     "UNPAIRED",
     "ArtifactError",
     "Backbone",
+    "BaseDegradation",
     "Card",
     "CheckpointError",
     "Clustering",
@@ -79,6 +80,7 @@ __all__ = [
     "PrototypeDistillation",
     "PseudoLabelTrainer",
     "Recipe",
+    "ScaledDegradation",
     "StoreError",
     "VOCDevkit",
     "assign",

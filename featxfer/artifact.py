@@ -17,7 +17,7 @@ from torch import Tensor
 
 from featxfer._files import write_together
 from featxfer.block import FeatureTransferBlock
-from featxfer.degrade import Degradation
+from featxfer.degrade import BaseDegradation
 from featxfer.head import FeatureTransferHead
 from featxfer.hub import TransferModule
 
@@ -46,7 +46,7 @@ class Card:
 
     backbone: str
     backbone_sha256: str
-    degradations: tuple[Degradation, ...]
+    degradations: tuple[BaseDegradation, ...]
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -106,7 +106,7 @@ def load_head(
         head.card = Card(
             str(description["backbone"]),
             str(description["backbone_sha256"]),
-            tuple(Degradation.from_dict(fields) for fields in description["degradations"]),
+            tuple(BaseDegradation.from_dict(fields) for fields in description["degradations"]),
             dict(description["details"]),
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,9 +15,107 @@ from torch import Tensor
 
 from featxfer._checks import check_choice, check_integer
 
+KERNELS = ("bicubic", "bilinear", "nearest")
+
+
+class BaseDegradation(ABC):
+    """The HR view and the LR view of one image, of the same size; a value that is saved.
+
+    Subclasses are frozen dataclasses: `Degradation` for models of one input size,
+    `ScaledDegradation` for images that keep theirs.
+    """
+
+    KINDS: ClassVar[dict[str, type[BaseDegradation]]] = {}
+    """All of them, by the name of their class."""
+
+    RESIZE: ClassVar[str] = "torch.nn.functional.interpolate(uint8)"
+    """The one resize implementation, by name: other ones give other pixels."""
+
+    kernel: str
+    antialias: bool
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        BaseDegradation.KINDS[cls.__name__] = cls
+
+    @abstractmethod
+    def hr(self, image: Tensor) -> Tensor:
+        """The HR view of `image`, uint8 RGB `(3, h, w)`: uint8."""
+
+    @abstractmethod
+    def lr(self, image: Tensor) -> Tensor:
+        """The LR view of `image`, uint8 RGB `(3, h, w)`: uint8, of the HR view's size."""
+
+    @abstractmethod
+    def describe_view(self, view: str) -> dict[str, Any]:
+        """What view "hr" or "lr" depends on, as JSON types."""
+
+    def corrupt(self, small: Tensor) -> Tensor:
+        """What else happens to the small image, uint8 `(3, h, w)`; here nothing."""
+        return small
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and the name of the resize implementation, as JSON types."""
+        kind = {} if type(self) is Degradation else {"kind": type(self).__name__}
+        values: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {**values, "resize": self.RESIZE, **kind}
+
+    def to_json(self) -> str:
+        """`to_dict` as one line of JSON; `from_json` gives an equal value back."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> BaseDegradation:
+        """The inverse of `to_dict`, of any degradation whose module is imported.
+
+        Raises `ValueError` for unknown or missing fields, for another resize implementation, and
+        for a kind that is not known.
+        """
+        fields = dict(values)
+        kind = fields.pop("kind", "Degradation")
+        if kind not in BaseDegradation.KINDS:
+            known = ", ".join(BaseDegradation.KINDS)
+            raise ValueError(
+                f"kind: got degradation {kind!r}, known are {known}; "
+                "those of featxfer_integrations once it is imported"
+            )
+        cls = BaseDegradation.KINDS[kind]
+        resize = fields.pop("resize", None)
+        if resize != cls.RESIZE:
+            raise ValueError(f"resize: got {resize!r}, wanted {cls.RESIZE!r}")
+        wanted = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if set(fields) != wanted:
+            raise ValueError(
+                f"degradation: got fields {sorted(fields)}, wanted exactly {sorted(wanted)}"
+            )
+        return cls(**fields)
+
+    @staticmethod
+    def from_json(text: str) -> BaseDegradation:
+        """The inverse of `to_json`; raises `ValueError` as `from_dict` does, and for other JSON."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"degradation: got {type(values).__name__}, wanted a JSON object")
+        return BaseDegradation.from_dict(values)
+
+    def _check_kernel(self) -> None:
+        check_choice("kernel", self.kernel, KERNELS)
+        if not isinstance(self.antialias, bool):
+            raise ValueError(f"antialias: got {self.antialias!r}, wanted True or False")
+        if self.antialias and self.kernel == "nearest":
+            raise ValueError("antialias: got True with kernel 'nearest', wanted antialias=False")
+
+    def _resize(self, image: Tensor, height: int, width: int) -> Tensor:
+        size = (height, width)
+        if image.shape[1:] == (1, 1):  # which torch's kernel for uint8 refuses
+            return image.expand(-1, *size).contiguous()
+        if self.kernel == "nearest":
+            return F.interpolate(image[None], size=size, mode="nearest-exact")[0]
+        return F.interpolate(image[None], size=size, mode=self.kernel, antialias=self.antialias)[0]
+
 
 @dataclass(frozen=True)
-class Degradation:
+class Degradation(BaseDegradation):
     """The HR view and the LR view of one image, both `hr_size` x `hr_size` pixels.
 
     The paper (section 4.1): HR is the original resized to 224 x 224, bicubic; LR is the original
@@ -41,50 +140,25 @@ class Degradation:
     antialias: bool = True
     order: str = "original"
 
-    KINDS: ClassVar[dict[str, type[Degradation]]] = {}
-    """Degradations that do more than resize, by the name of their class."""
-
-    RESIZE: ClassVar[str] = "torch.nn.functional.interpolate(uint8)"
-    """The one resize implementation, by name: other ones give other pixels."""
-
     def __post_init__(self) -> None:
         check_integer("hr_size", self.hr_size, at_least=1)
         check_integer("lr_size", self.lr_size, at_least=1)
         if self.lr_size > self.hr_size:
             raise ValueError(f"lr_size: got {self.lr_size}, wanted at most hr_size={self.hr_size}")
-        check_choice("kernel", self.kernel, ("bicubic", "bilinear", "nearest"))
         check_choice("order", self.order, ("original", "hr"))
-        if not isinstance(self.antialias, bool):
-            raise ValueError(f"antialias: got {self.antialias!r}, wanted True or False")
-        if self.antialias and self.kernel == "nearest":
-            raise ValueError("antialias: got True with kernel 'nearest', wanted antialias=False")
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        Degradation.KINDS[cls.__name__] = cls
+        self._check_kernel()
 
     def hr(self, image: Tensor) -> Tensor:
         """The HR view of `image`, uint8 RGB `(3, h, w)`: uint8 `(3, hr_size, hr_size)`."""
-        return self._resize(_as_image(image), self.hr_size)
+        return self._resize(_as_image(image), self.hr_size, self.hr_size)
 
     def lr(self, image: Tensor) -> Tensor:
         """The LR view of `image`, uint8 RGB `(3, h, w)`: uint8 `(3, hr_size, hr_size)`."""
         image = _as_image(image)
         if self.order == "hr":
-            image = self._resize(image, self.hr_size)
-        small = self._resize(image, self.lr_size)
-        return self._resize(self.corrupt(small), self.hr_size)
-
-    def corrupt(self, small: Tensor) -> Tensor:
-        """What else happens to the small image, uint8 `(3, lr_size, lr_size)`; here nothing."""
-        return small
-
-    def _resize(self, image: Tensor, size: int) -> Tensor:
-        if self.kernel == "nearest":
-            return F.interpolate(image[None], size=(size, size), mode="nearest-exact")[0]
-        return F.interpolate(
-            image[None], size=(size, size), mode=self.kernel, antialias=self.antialias
-        )[0]
+            image = self._resize(image, self.hr_size, self.hr_size)
+        small = self._resize(image, self.lr_size, self.lr_size)
+        return self._resize(self.corrupt(small), self.hr_size, self.hr_size)
 
     def describe_view(self, view: str) -> dict[str, Any]:
         """What view "hr" or "lr" depends on: the HR view does not know `lr_size` and `order`."""
@@ -94,46 +168,46 @@ class Degradation:
             described = {name: described[name] for name in ("hr_size", *_OF_HR, "resize")}
         return {**described, "view": view}
 
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and the name of the resize implementation, as JSON types."""
-        kind = {} if type(self) is Degradation else {"kind": type(self).__name__}
-        return {**dataclasses.asdict(self), "resize": self.RESIZE, **kind}
 
-    def to_json(self) -> str:
-        """`to_dict` as one line of JSON; `from_json` gives an equal value back."""
-        return json.dumps(self.to_dict(), sort_keys=True)
+@dataclass(frozen=True)
+class ScaledDegradation(BaseDegradation):
+    """Images that keep their size, for detectors: HR is the image, LR the image shrunk and back.
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Degradation:
-        """The inverse of `to_dict`, of subclasses as well once their module is imported.
+    Boxes of one view are boxes of the other.
 
-        Raises `ValueError` for unknown or missing fields, for another resize implementation, and
-        for a kind that is not known.
-        """
-        fields = dict(values)
-        kind = fields.pop("kind", None)
-        if kind is not None:
-            if kind not in cls.KINDS:
-                known = ", ".join(cls.KINDS) or "none; import featxfer_integrations first"
-                raise ValueError(f"kind: got degradation {kind!r}, known are {known}")
-            cls = cls.KINDS[kind]
-        resize = fields.pop("resize", None)
-        if resize != cls.RESIZE:
-            raise ValueError(f"resize: got {resize!r}, wanted {cls.RESIZE!r}")
-        wanted = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != wanted:
-            raise ValueError(
-                f"degradation: got fields {sorted(fields)}, wanted exactly {sorted(wanted)}"
-            )
-        return cls(**fields)
+    Args:
+        factor: how many times smaller the small image is, on both sides, >= 1; it has at least
+            one pixel.
+        kernel: "bicubic", "bilinear" or "nearest".
+        antialias: whether the kernel is widened when it shrinks; not defined for "nearest".
 
-    @classmethod
-    def from_json(cls, text: str) -> Degradation:
-        """The inverse of `to_json`; raises `ValueError` as `from_dict` does, and for other JSON."""
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError(f"degradation: got {type(values).__name__}, wanted a JSON object")
-        return cls.from_dict(values)
+    Raises:
+        ValueError: for a value outside of these.
+    """
+
+    factor: float = 4.0
+    kernel: str = "bicubic"
+    antialias: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < float("inf"):
+            raise ValueError(f"factor: got {self.factor!r}, wanted a finite number >= 1")
+        self._check_kernel()
+
+    def hr(self, image: Tensor) -> Tensor:
+        """`image` itself, uint8 RGB `(3, h, w)`."""
+        return _as_image(image)
+
+    def lr(self, image: Tensor) -> Tensor:
+        """The LR view of `image`, uint8 RGB `(3, h, w)`: uint8 of the same shape."""
+        height, width = _as_image(image).shape[1:]
+        small = [max(1, round(side / self.factor)) for side in (height, width)]
+        return self._resize(self.corrupt(self._resize(image, *small)), height, width)
+
+    def describe_view(self, view: str) -> dict[str, Any]:
+        """What view "hr" or "lr" depends on: the HR view on nothing."""
+        check_choice("view", view, ("hr", "lr"))
+        return {"view": view} if view == "hr" else {**self.to_dict(), "view": view}
 
 
 _OF_HR = ("kernel", "antialias")

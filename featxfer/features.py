@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from featxfer._checks import ArrayLike, as_features, check_choice, check_integer
 from featxfer.backbone import Backbone, frozen
-from featxfer.degrade import Degradation
+from featxfer.degrade import BaseDegradation, Degradation
 from featxfer.images import ImageError, Images
 from featxfer.store import FeatureStore, Manifest, Rows, align
 
@@ -156,7 +156,7 @@ def scale_features(features: ArrayLike, scaling: str) -> Tensor:
     return scaled
 
 
-def shared_degradation(hr: Manifest, lr: Manifest) -> Degradation:
+def shared_degradation(hr: Manifest, lr: Manifest) -> BaseDegradation:
     """The degradation of an HR and an LR store that differ in their view alone.
 
     Raises `ValueError` for two stores of other views, or of different backbones, images or
@@ -165,7 +165,7 @@ def shared_degradation(hr: Manifest, lr: Manifest) -> Degradation:
     views = [manifest.view.get("view") for manifest in (hr, lr)]
     if views != ["hr", "lr"]:
         raise ValueError(f"hr, lr: got stores of views {views}, wanted ['hr', 'lr']")
-    degradation = Degradation.from_dict({k: v for k, v in lr.view.items() if k != "view"})
+    degradation = BaseDegradation.from_dict({k: v for k, v in lr.view.items() if k != "view"})
     wanted = dataclasses.replace(lr, view=degradation.describe_view("hr"))
     other = [
         f.name for f in dataclasses.fields(hr) if getattr(hr, f.name) != getattr(wanted, f.name)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featxfer import FeatureTransferBlock, FeatureTransferHead
 from featxfer.hub import TransferModule
 
 DEEP_REDUCTIONS = (16, 32)
@@ -72,16 +73,27 @@ class Place:
         width: features or channels there; None if the host does not say.
         inputs: names of modules whose input is transferred; classifiers.
         outputs: names of modules whose output is transferred.
+        level: of modules that return a dict of maps by level: whose entry is transferred.
         methods: method name -> function (host, *args) that replaces it on the host.
         feature: (host, images) -> the plain feature at the place; by default what arrives there.
+        run: (host, images) runs the part of the host that the place is in; by default all of it.
+        block: whether a block goes there, and not a head.
     """
 
     name: str
     width: int | None
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    level: str | None = None
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     feature: Callable[[nn.Module, Tensor], Tensor] | None = None
+    run: Callable[[nn.Module, Tensor], object] | None = None
+    block: bool = False
+
+    @property
+    def kind(self) -> type[FeatureTransferBlock] | type[FeatureTransferHead]:
+        """What goes there."""
+        return FeatureTransferBlock if self.block else FeatureTransferHead
 
 
 def transfers_of(host: nn.Module) -> Transfers:
@@ -233,15 +245,16 @@ def take_enabled_feature(host: nn.Module, place: Place, images: Tensor) -> Tenso
     if place.feature is not None:
         return place.feature(host, images)
     taken: list[Tensor] = []
+
+    def note(_: nn.Module, __: object, output: Any) -> None:
+        taken.append(output if place.level is None else output[place.level])
+
     handles = [
         host.get_submodule(name).register_forward_pre_hook(lambda _, args: taken.append(args[0]))
         for name in place.inputs
-    ] + [
-        host.get_submodule(name).register_forward_hook(lambda _, __, output: taken.append(output))
-        for name in place.outputs
-    ]
+    ] + [host.get_submodule(name).register_forward_hook(note) for name in place.outputs]
     try:
-        host(images)
+        run_host(host, place, images)
     finally:
         for handle in handles:
             handle.remove()
@@ -249,6 +262,42 @@ def take_enabled_feature(host: nn.Module, place: Place, images: Tensor) -> Tenso
         names = ", ".join((*place.inputs, *place.outputs))
         raise AttachError(f"where: no tensor passes {names} when the model runs")
     return taken[0]
+
+
+def run_host(host: nn.Module, place: Place, images: Tensor) -> object:
+    """Runs as much of the host as the place needs."""
+    return host(images) if place.run is None else place.run(host, images)
+
+
+def module_place(model: nn.Module, name: str) -> Place:
+    """After a module by name. Of a `Sequential` its last module is hooked, also when run alone."""
+    modules = dict(model.named_modules())
+    if not name or name not in modules or name.startswith(f"{CHILD}."):
+        raise no_place(model, f"where, at: no module {name!r}")
+    leaf = name
+    while _runs_its_last_child(model.get_submodule(leaf)):
+        leaf = f"{leaf}.{list(model.get_submodule(leaf)._modules)[-1]}"
+    key = name.replace(".", "_")
+    return Place(f"{key}_" if hasattr(Transfers(), key) else key, None, outputs=(leaf,))
+
+
+def _runs_its_last_child(module: nn.Module) -> bool:
+    """Whether a module's result is that of its last child: a `Sequential` as torch has it."""
+    return type(module).forward is nn.Sequential.forward and len(module._modules) > 0
+
+
+def no_place(model: nn.Module, message: str) -> AttachError:
+    """The error with the names of modules that could be meant."""
+    candidates = [
+        name
+        for name, module in model.named_modules()
+        if name
+        and name.partition(".")[0] != CHILD
+        and (not list(module.children()) or isinstance(module, nn.Sequential))
+    ]
+    shown = ", ".join(candidates[-12:]) or "none"
+    more = f" (the last 12 of {len(candidates)})" if len(candidates) > 12 else ""
+    return AttachError(f"{message}; candidates in {type(model).__name__}{more}: {shown}")
 
 
 def _transfer_input(
@@ -265,6 +314,10 @@ def _pass_by(transfers: Transfers, place: str, classifier: nn.Module, features: 
 
 
 def _transfer_output(
-    transfers: Transfers, place: str, module: nn.Module, args: tuple[Any, ...], output: Tensor
-) -> Tensor:
-    return transfers.transfer(place, output)
+    transfers: Transfers, place: str, module: nn.Module, args: tuple[Any, ...], output: Any
+) -> Any:
+    level = transfers.places[place].level
+    if level is None:
+        return transfers.transfer(place, output)
+    changed = {level: transfers.transfer(place, output[level])}
+    return type(output)((name, changed.get(name, maps)) for name, maps in output.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from featxfer import Degradation, FeatureTransferBlock, FeatureTransferHead, Preprocessing
+from featxfer import BaseDegradation, Preprocessing
 from featxfer.artifact import check_fit, load_head
 from featxfer.backbone import frozen, weights_sha256
 from featxfer.hub import TransferModule, find_files
@@ -20,7 +21,6 @@ from featxfer_integrations._attach import (
     CHILD,
     AttachError,
     Place,
-    Transfers,
     attached_at,
     channel_axis,
     check_host,
@@ -28,6 +28,8 @@ from featxfer_integrations._attach import (
     host_parameter,
     install,
     is_attached,
+    module_place,
+    no_place,
     remove_all,
     take_feature,
     transfers_of,
@@ -35,6 +37,8 @@ from featxfer_integrations._attach import (
 
 M = TypeVar("M", bound=nn.Module)
 INPUT_SIZE = 224
+DETECTORS = ("GeneralizedRCNN", "RetinaNet", "FCOS", "SSD")
+"""torchvision's detectors, by their class or a base of it."""
 
 
 class HostModule(Protocol):
@@ -65,6 +69,18 @@ class HostModule(Protocol):
         ...
 
 
+class DetectorHost(HostModule, Protocol):
+    """What this package's module for detectors knows besides."""
+
+    def places(self, model: nn.Module, where: str, branch: str) -> list[Place]:
+        """The places that a name stands for; none for the name of a module."""
+        ...
+
+    def block_place(self, model: nn.Module, name: str) -> Place:
+        """After a module by name."""
+        ...
+
+
 def attach_transfer(
     model: M,
     head: TransferModule | str | Path | None = None,
@@ -73,8 +89,9 @@ def attach_transfer(
     hidden_features: int | None = None,
     where: str | None = None,
     at: str | None = None,
+    branch: str = "class",
     in_features: int | None = None,
-    degradation: Degradation | None = None,
+    degradation: BaseDegradation | None = None,
     dtype: torch.dtype | None = None,
 ) -> M:
     """Attaches a head after pool5, or a block after a stage, and returns the same model.
@@ -89,21 +106,31 @@ def attach_transfer(
     transferred; `reset_classifier` keeps the head. torchvision: the input of the last classifier
     layer. Headless models (`num_classes=0`, `fc = Identity`): their pooled output.
 
+    torchvision's detectors: `where="boxes"`, the default, attaches a head where the features of
+    boxes meet the predictor, by default before the class scores alone; of detectors without
+    proposals (RetinaNet, FCOS, SSD) at each position before the last convolution of the
+    classification branch, and of SSD, whose levels have branches of their own, a head a level.
+    `where="backbone"` attaches blocks after the backbone's last maps of 1/8, 1/16 and 1/32 of the
+    image, `where="fpn"` a block at each level of what the backbone returns.
+
     With output "clusters" the feature becomes the paper's k cluster logits. The classifier does not
     fit them: it stays in the model, with its weights in the `state_dict`, but is passed by, and the
     model returns the cluster logits. Put a new classifier on them, or `detach_transfer`.
 
     Args:
-        model: a timm or torchvision classification model, with its classifier or headless; any
-            other module with `where` or `at`.
+        model: a timm or torchvision classification model, with its classifier or headless; a
+            torchvision detector, or one made by hand of its classes; any other module with `where`
+            or `at`.
         head: a FeatureTransferHead, or with `at` a FeatureTransferBlock; a folder or hub id of a
             saved one; None for a new one.
         output: of a new head: "features" (the default) or "clusters".
         hidden_features: of a new head; of a new block its `hidden_channels`.
-        where: name of the module whose output the head transfers, for models that do not say.
+        where: name of the module whose output the head transfers, for models that do not say. Of
+            detectors "boxes", "backbone", "fpn", or one of their places ("boxes3", "fpn0").
         at: attaches a block: "stage0", "stage1", ... (the stages of timm's `feature_info`; of
             torchvision's models the resolutions of their layers, from the highest), or a module's
             name.
+        branch: of detectors' "boxes": "class", or "both", so that boxes are transferred too.
         in_features: the feature's width, where only running the model would tell it and an image
             of the size that the model says (224 x 224 if it says none) is not what it takes.
         degradation: of the images that will be seen; a head that was trained on others is warned
@@ -119,36 +146,67 @@ def attach_transfer(
     """
     check_host(model)
     _check_options(head, output, hidden_features, where, at)
-    place = find_place(model, where=where, at=at)
-    if attached_at(model, place) is not None:
+    places = find_places(model, where=where, at=at, branch=branch)
+    taken = [place.name for place in places if attached_at(model, place) is not None]
+    if taken:
         raise AttachError(
-            f"model: something is attached at {place.name!r} already; detach_transfer first"
+            f"model: something is attached at {', '.join(taken)} already; detach_transfer first"
         )
-    options: dict[str, Any] = {} if output is None else {"output": output}
-    if hidden_features is not None:
-        options["hidden_features" if at is None else "hidden_channels"] = hidden_features
-    if at is not None:
-        width, options["layout"], _ = maps_at(model, place)
-    else:
-        width = in_features or place.width or _width_at(model, place)
-        if place.width not in (None, width):
-            raise ValueError(f"in_features: got {in_features}, the model says {place.width}")
-    kind = FeatureTransferHead if at is None else FeatureTransferBlock
-    if head is None:
-        module: TransferModule = kind(width, **options)
-    else:
-        module = head if isinstance(head, TransferModule) else load_head(find_files(head))[0]
-        source = "head" if module is head else str(head)
-        if not isinstance(module, kind):
-            raise AttachError(
-                f"{source}: got a {module.kind}, wanted a {kind.kind} "
-                f"({'a block needs at=' if at is None else 'a head takes no at='})"
-            )
-        sha256 = None if module.card is None else backbone_sha256(model, place)
-        check_fit(module, module.card, source, in_features=width, backbone_sha256=sha256)
-        _warn_of_degradation(module, degradation)
-    install(model, place, module, dtype)
+    if head is not None and len(places) > 1:
+        names = ", ".join(place.name for place in places)
+        raise AttachError(f"head: got one for {len(places)} places; name one by where=: {names}")
+    if output is not None and any(place.block for place in places):
+        raise ValueError(f"output: a block has none, got it with where={where!r}")
+    if output == "clusters" and detector_host(model) is not None:
+        raise ValueError("output: got 'clusters', which a detector's predictor does not fit")
+    modules: list[TransferModule] = []
+    for place in places:
+        width, options = _sizes_at(model, place, in_features)
+        if output is not None:
+            options["output"] = output
+        if hidden_features is not None:
+            options["hidden_channels" if place.block else "hidden_features"] = hidden_features
+        if head is None:
+            modules.append(place.kind(width, **options))
+        else:
+            modules.append(_given(model, place, head, width, degradation))
+    for place, module in zip(places, modules, strict=True):
+        install(model, place, module, dtype)
     return model
+
+
+def _sizes_at(
+    model: nn.Module, place: Place, in_features: int | None
+) -> tuple[int, dict[str, Any]]:
+    """Features or channels at a place, and the layout of a block there."""
+    if place.block:
+        channels, layout, _ = maps_at(model, place)
+        return channels, {"layout": layout}
+    width = in_features or place.width or _width_at(model, place)
+    if place.width not in (None, width):
+        raise ValueError(f"in_features: got {in_features}, the model says {place.width}")
+    return width, {}
+
+
+def _given(
+    model: nn.Module,
+    place: Place,
+    head: TransferModule | str | Path,
+    width: int,
+    degradation: BaseDegradation | None,
+) -> TransferModule:
+    """What the caller gives for a place, after all checks."""
+    module = head if isinstance(head, TransferModule) else load_head(find_files(head))[0]
+    source = "head" if module is head else str(head)
+    if not isinstance(module, place.kind):
+        raise AttachError(
+            f"{source}: got a {module.kind}, wanted a {place.kind.kind} "
+            f"({'a head takes no at=' if place.block else 'a block needs at='})"
+        )
+    sha256 = None if module.card is None else backbone_sha256(model, place)
+    check_fit(module, module.card, source, in_features=width, backbone_sha256=sha256)
+    _warn_of_degradation(module, degradation)
+    return module
 
 
 def save_transfers(model: nn.Module, folder: str | Path) -> Path:
@@ -174,7 +232,9 @@ def save_transfers(model: nn.Module, folder: str | Path) -> Path:
     return Path(folder)
 
 
-def load_transfers(model: M, folder: str | Path, *, degradation: Degradation | None = None) -> M:
+def load_transfers(
+    model: M, folder: str | Path, *, degradation: BaseDegradation | None = None
+) -> M:
     """Attaches all that `save_transfers` wrote, each at its place, and returns the model.
 
     Args:
@@ -197,8 +257,9 @@ def load_transfers(model: M, folder: str | Path, *, degradation: Degradation | N
     try:
         for module in modules:
             details = {} if module.card is None else module.card.details
-            name = "at" if isinstance(module, FeatureTransferBlock) else "where"
-            attach_transfer(model, module, degradation=degradation, **{name: details.get(name)})
+            said = ("at",) if "at" in details else ("where", "branch")
+            place = {name: details[name] for name in said if name in details}
+            attach_transfer(model, module, degradation=degradation, **place)
     except Exception:
         if is_attached(model):
             remove_all(model)
@@ -235,52 +296,63 @@ def train_transfer_only(model: nn.Module) -> list[nn.Parameter]:
     return list(transfers.parameters())
 
 
+def find_places(
+    model: nn.Module, *, where: str | None = None, at: str | None = None, branch: str = "class"
+) -> list[Place]:
+    """All places that `attach_transfer` attaches at; arguments and errors as there."""
+    detector = detector_host(model)
+    if detector is not None and at is None:
+        named = detector.places(model, where or "boxes", branch)
+        if named:
+            return named
+    if branch != "class":
+        raise ValueError(f"branch: got {branch!r}, which is for a detector's where='boxes'")
+    return [find_place(model, where=where, at=at)]
+
+
 def find_place(model: nn.Module, *, where: str | None = None, at: str | None = None) -> Place:
     """Where a head (`where`, or after pool5) or a block (`at`) goes; see `attach_transfer`."""
     host = host_of(model)
-    stage = (at or "").removeprefix("stage")
-    if host is not None and stage != at and stage.isdecimal():
-        return module_place(model, host.stage_module(model, int(stage)))
-    name = where if at is None else at
-    if name is not None:
-        return module_place(model, name)
+    if at is not None:
+        stage = at.removeprefix("stage")
+        if host is not None and stage != at and stage.isdecimal():
+            at = host.stage_module(model, int(stage))
+        detector = detector_host(model)
+        if detector is not None:
+            return detector.block_place(model, at)
+        return dataclasses.replace(module_place(model, at), block=True)
+    if where is not None:
+        return module_place(model, where)
     if host is None:
-        raise _no_place(model, "where: wanted the name of a module whose output is the feature")
+        raise no_place(model, "where: wanted the name of a module whose output is the feature")
     return host.pooled_place(model)
-
-
-def module_place(model: nn.Module, name: str) -> Place:
-    """After a module by name. Of a `Sequential` its last module is hooked, also when run alone."""
-    modules = dict(model.named_modules())
-    if not name or name not in modules or name.startswith(f"{CHILD}."):
-        raise _no_place(model, f"where, at: no module {name!r}")
-    leaf = name
-    while _runs_its_last_child(model.get_submodule(leaf)):
-        leaf = f"{leaf}.{list(model.get_submodule(leaf)._modules)[-1]}"
-    key = name.replace(".", "_")
-    return Place(f"{key}_" if hasattr(Transfers(), key) else key, None, outputs=(leaf,))
-
-
-def _runs_its_last_child(module: nn.Module) -> bool:
-    """Whether a module's result is that of its last child: a `Sequential` as torch has it."""
-    return type(module).forward is nn.Sequential.forward and len(module._modules) > 0
 
 
 def host_of(model: nn.Module) -> HostModule | None:
     """This package's module for the model's library, imported now; None if there is none."""
+    detector = detector_host(model)
+    if detector is not None:
+        return detector
     for cls in type(model).__mro__:
         library, _, rest = cls.__module__.partition(".")
-        if library == "timm":
-            return _import_host("timm")
-        if library == "torchvision" and rest.count(".") == 1 and rest.startswith("models."):
-            return _import_host("torchvision")
+        of_torchvision = library == "torchvision" and rest.count(".") == 1
+        if library == "timm" or (of_torchvision and rest.startswith("models.")):
+            host: HostModule = _import_host(library)
+            return host
     return None
 
 
-def _import_host(name: str) -> HostModule:
-    module: Any = importlib.import_module(f"featxfer_integrations.{name}")
-    host: HostModule = module
-    return host
+def detector_host(model: nn.Module) -> DetectorHost | None:
+    """This package's module for torchvision's detectors, if the model is one."""
+    for cls in type(model).__mro__:
+        if cls.__module__.startswith("torchvision.models.detection.") and cls.__name__ in DETECTORS:
+            detector: DetectorHost = _import_host("torchvision_detection")
+            return detector
+    return None
+
+
+def _import_host(name: str) -> Any:
+    return importlib.import_module(f"featxfer_integrations.{name}")
 
 
 def backbone_sha256(model: nn.Module, place: Place) -> str:
@@ -357,7 +429,7 @@ def _check_options(
         raise ValueError("output: a block has none, got it with at=")
 
 
-def _warn_of_degradation(module: TransferModule, degradation: Degradation | None) -> None:
+def _warn_of_degradation(module: TransferModule, degradation: BaseDegradation | None) -> None:
     if module.card is None or not module.card.degradations:
         return
     if degradation in (None, *module.card.degradations):
@@ -368,17 +440,3 @@ def _warn_of_degradation(module: TransferModule, degradation: Degradation | None
         f"the images are {degradation.to_json() if degradation else None}",
         stacklevel=3,
     )
-
-
-def _no_place(model: nn.Module, message: str) -> AttachError:
-    """The error with the names of modules that could be meant."""
-    candidates = [
-        name
-        for name, module in model.named_modules()
-        if name
-        and name.partition(".")[0] != CHILD
-        and (not list(module.children()) or isinstance(module, nn.Sequential))
-    ]
-    shown = ", ".join(candidates[-12:]) or "none"
-    more = f" (the last 12 of {len(candidates)})" if len(candidates) > 12 else ""
-    return AttachError(f"{message}; candidates in {type(model).__name__}{more}: {shown}")

@@ -58,6 +58,7 @@ from featxfer_integrations._attach import (
     host_parameter,
     install,
     is_attached,
+    module_place,
     take_feature,
     transfers_of,
 )
@@ -65,7 +66,6 @@ from featxfer_integrations.attach import (
     backbone_sha256,
     find_place,
     host_of,
-    module_place,
 )
 from featxfer_integrations.deep import (
     BlockPlan,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featxfer import Degradation
+from featxfer import BaseDegradation, Degradation, ScaledDegradation
 
 IMAGE = torch.randint(0, 256, (3, 91, 133), dtype=torch.uint8, generator=torch.manual_seed(0))
 
@@ -101,3 +101,27 @@ def test_other_json_is_refused(text: str, message: str) -> None:
 def test_other_images_are_refused(image: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"image: got .* wanted uint8 \(3, h, w\)"):
         Degradation().hr(image)
+
+
+@pytest.mark.parametrize("view", [ScaledDegradation(), ScaledDegradation(2.5, "bilinear", False)])
+def test_scaled_views_keep_the_size(view: ScaledDegradation) -> None:
+    assert torch.equal(view.hr(IMAGE), IMAGE)
+    low = view.lr(IMAGE)
+    assert low.shape == IMAGE.shape
+    small = (round(91 / view.factor), round(133 / view.factor))
+    options: Any = {"mode": view.kernel, "antialias": view.antialias}
+    tiny = torch.nn.functional.interpolate(IMAGE[None], size=small, **options)
+    assert_near(low, torch.nn.functional.interpolate(tiny, size=(91, 133), **options)[0])
+    assert float(low.float().std()) < 0.7 * float(IMAGE.float().std())
+    assert view.describe_view("hr") == {"view": "hr"}
+    assert view.describe_view("lr")["factor"] == view.factor
+    assert BaseDegradation.from_json(view.to_json()) == view
+    assert torch.equal(ScaledDegradation(1).lr(IMAGE), IMAGE)
+    assert ScaledDegradation(1e6).lr(IMAGE).unique().numel() <= 3
+    assert Degradation(lr_size=1).lr(IMAGE).unique().numel() <= 3
+
+
+@pytest.mark.parametrize("factor", [0.5, float("nan"), float("inf")])
+def test_factors_that_shrink_nothing_are_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match=r"factor: got .*, wanted a finite number >= 1"):
+        ScaledDegradation(factor)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from featxfer import FeatureTransferBlock
 from featxfer_integrations import AttachError, attach_transfer, transfers_of
-from featxfer_integrations._attach import take_feature
+from featxfer_integrations._attach import module_place, take_feature
 from featxfer_integrations._replay import Rest
-from featxfer_integrations.attach import find_place, module_place
+from featxfer_integrations.attach import find_place
 
 
 def maps_of(shape: tuple[int, ...]) -> Tensor:

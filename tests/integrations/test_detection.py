@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+from featxfer import FeatureTransferBlock, FeatureTransferHead
+from featxfer_integrations import (
+    AttachError,
+    attach_transfer,
+    detach_transfer,
+    transfer_disabled,
+    transfers_of,
+)
+from featxfer_integrations._attach import is_attached
+
+Found = list[dict[str, Tensor]]
+
+BUILDERS = sorted(torchvision.models.list_models(module=detection))
+PLACES = (("boxes", "class"), ("boxes", "both"), ("backbone", "class"), ("fpn", "class"))
+FEW = {"min_size": 64, "max_size": 96}
+R_CNN = {
+    **FEW,
+    "rpn_post_nms_top_n_test": 20,
+    "rpn_score_thresh": 0.0,
+    "box_score_thresh": 0.0,
+    "box_detections_per_img": 5,
+}
+DENSE = {"score_thresh": 0.0, "detections_per_img": 5, "topk_candidates": 20}
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """Random weights; every image has detections, and few."""
+    torch.manual_seed(0)
+    small = R_CNN if "rcnn" in name else DENSE if name.startswith("ssd") else {**FEW, **DENSE}
+    model: nn.Module = torchvision.models.get_model(
+        name, weights=None, weights_backbone=None, **{**small, **options}
+    )
+    return model.eval()
+
+
+def pictures() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(3, 60, 80, generator=generator), torch.rand(3, 50, 40, generator=generator)]
+
+
+@torch.no_grad()
+def detect(model: nn.Module, images: list[Tensor] | None = None) -> Found:
+    found: Found = model(pictures() if images is None else images)
+    return found
+
+
+def same(some: Found, others: Found) -> bool:
+    pairs = [(a[key], b[key]) for a, b in zip(some, others, strict=True) for key in a]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+class Pyramid(nn.Module):
+    """A backbone by hand: timm's stages and torchvision's pyramid."""
+
+    def __init__(self, name: str, channels: int = 16) -> None:
+        super().__init__()
+        self.stages: Any = timm.create_model(name, features_only=True, out_indices=(2, 3, 4))
+        self.neck = FeaturePyramidNetwork(self.stages.feature_info.channels(), channels)
+        self.out_channels = channels
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        maps = OrderedDict((str(i), part) for i, part in enumerate(self.stages(images)))
+        levels: OrderedDict[str, Tensor] = self.neck(maps)
+        return levels
+
+
+def by_hand() -> FasterRCNN:
+    torch.manual_seed(0)
+    return FasterRCNN(
+        Pyramid("tf_efficientnet_lite0"),
+        num_classes=4,
+        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3),
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
+        **R_CNN,
+    ).eval()
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_builder_takes_heads_and_blocks_that_change_nothing(name: str) -> None:
+    """Boxes, labels and scores to the last bit, and the model as it was after."""
+    model = build(name)
+    plain, keys = detect(model), list(model.state_dict())
+    assert all(len(found["boxes"]) for found in plain)
+    for where, branch in PLACES:
+        attach_transfer(model, where=where, branch=branch)
+        kind = FeatureTransferHead if where == "boxes" else FeatureTransferBlock
+        assert all(isinstance(module, kind) for module in transfers_of(model).values())
+        assert same(detect(model), plain)
+        detach_transfer(model)
+        assert list(model.state_dict()) == keys
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn_v2"])
+@pytest.mark.parametrize(("where", "branch"), PLACES)
+def test_what_is_attached_acts_where_it_says(name: str, where: str, branch: str) -> None:
+    """A head that shifts all features changes scores; of "class", boxes of one class stay."""
+    model = build(name)
+    plain = detect(model)
+    attach_transfer(model, where=where, branch=branch)
+    with torch.no_grad():
+        for module in transfers_of(model).values():
+            if isinstance(module, FeatureTransferHead):
+                nn.init.normal_(module.fc2.weight, generator=torch.Generator().manual_seed(1))
+            elif isinstance(module, FeatureTransferBlock):
+                for unit in module.units:
+                    unit.project.bias += 1.0  # type: ignore[operator, union-attr]
+    assert not same(detect(model), plain)
+    with transfer_disabled(model):
+        assert same(detect(model), plain)
+    copied = copy.deepcopy(model)
+    changed = detect(model)
+    assert same(detect(copied), changed)
+    for parameter in transfers_of(model).parameters():
+        nn.init.zeros_(parameter)
+    assert same(detect(copied), changed)
+    assert same(detect(model), plain)
+
+
+def test_the_class_branch_leaves_box_regression_alone() -> None:
+    model = build("fasterrcnn_resnet50_fpn")
+    heads: Any = model.roi_heads
+    features = torch.randn(3, 1024)
+    scores, boxes = heads.box_predictor(features)
+    attach_transfer(model)
+    head = transfers_of(model)["boxes"]
+    assert isinstance(head, FeatureTransferHead)
+    nn.init.ones_(head.fc2.bias)
+    moved, still = heads.box_predictor(features)
+    assert not torch.equal(moved, scores)
+    assert torch.equal(still, boxes)
+    detach_transfer(model)
+    pooled = torch.randn(2, 256, 7, 7)
+    features = heads.box_head(pooled)
+    attach_transfer(model, where="boxes", branch="both")
+    nn.init.ones_(transfers_of(model)["boxes"].fc2.bias)  # type: ignore[union-attr, arg-type]
+    torch.testing.assert_close(heads.box_head(pooled), features - 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"],
+)
+@pytest.mark.parametrize("where", ["boxes", "backbone", "fpn"])
+def test_losses_in_training_reach_what_is_attached(name: str, where: str) -> None:
+    model = build(name).requires_grad_(False).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
+            module.eval()
+    targets = [
+        {"boxes": torch.tensor([[5.0, 5.0, 35.0, 30.0]]), "labels": torch.tensor([1])}
+        for _ in pictures()
+    ]
+
+    def losses() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        found: dict[str, Tensor] = model(pictures(), targets)
+        return found
+
+    plain = losses()
+    attach_transfer(model, where=where)
+    with_heads = losses()
+    transfers = transfers_of(model)
+    assert transfers.training
+    for key, value in plain.items():
+        torch.testing.assert_close(with_heads[key], value)
+    sum(with_heads.values(), torch.zeros(())).backward()
+    last = [
+        p.grad for n, p in transfers.named_parameters() if "fc2.bias" in n or "project.bias" in n
+    ]
+    assert all(grad is not None for grad in last)
+    assert any(bool(grad.any()) for grad in last if grad is not None)
+
+
+def test_a_detector_by_hand_around_timm() -> None:
+    model = by_hand()
+    plain = detect(model)
+    attach_transfer(model, where="backbone")
+    assert set(transfers_of(model)) == {f"backbone_stages_blocks_{i}" for i in (2, 4, 6)}
+    attach_transfer(model)
+    attach_transfer(model, where="fpn1")
+    attach_transfer(model, at="backbone.stages.blocks.1", hidden_features=8)
+    attach_transfer(model, at="stage0", hidden_features=8)
+    assert same(detect(model), plain)
+    detach_transfer(model)
+    maps_alone = torchvision.models.mobilenet_v3_small(weights=None).features
+    maps_alone.out_channels = 576
+    torch.manual_seed(0)
+    anchors = AnchorGenerator(((32, 64),), ((1.0,),))
+    dense: nn.Module = RetinaNet(maps_alone, 3, anchor_generator=anchors, **FEW, **DENSE).eval()
+    plain = detect(dense)
+    for where in ("boxes", "backbone", "fpn"):
+        attach_transfer(dense, where=where)
+    assert set(transfers_of(dense)) == {"boxes", "fpn0", "backbone_3", "backbone_8", "backbone_12"}
+    assert same(detect(dense), plain)
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.0])
+def test_images_without_any_box_and_with_one(threshold: float) -> None:
+    options = {"box_score_thresh": threshold, "box_detections_per_img": 1}
+    model = build("fasterrcnn_resnet50_fpn", **options)
+    plain = detect(model)
+    assert [len(found["boxes"]) for found in plain] == [int(threshold == 0)] * 2
+    attach_transfer(model)
+    assert same(detect(model), plain)
+    options = {"rpn_score_thresh": 2.0}
+    model = build("maskrcnn_resnet50_fpn", **options)
+    for where in ("boxes", "backbone", "fpn"):
+        attach_transfer(model, where=where)
+    assert [len(found["boxes"]) for found in detect(model)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"branch": "mask"}, ValueError, "branch: got 'mask', wanted one of 'class', 'both'"),
+        (
+            {"where": "fpn", "branch": "both"},
+            ValueError,
+            "branch: got 'both', which is for heads at 'boxes', not 'fpn'",
+        ),
+        ({"where": "neck"}, AttachError, "no module 'neck'; candidates in FasterRCNN"),
+        ({"where": "fpn9"}, AttachError, "no module 'fpn9'"),
+        ({"at": "stage9"}, AttachError, "the backbone has no stage9; it has stage0 = backbone"),
+        ({"output": "clusters"}, ValueError, "output: got 'clusters', which a detector's"),
+        ({"where": "fpn", "output": "features"}, ValueError, "output: a block has none"),
+        (
+            {"where": "fpn", "head": FeatureTransferBlock(16, 4)},
+            AttachError,
+            "head: got one for 3 places; name one by where=: fpn0, fpn1, fpn2",
+        ),
+        ({"head": FeatureTransferHead(7)}, ValueError, "7"),
+        ({"in_features": 7}, ValueError, "in_features: got 7, the model says 1024"),
+    ],
+)
+def test_bad_options_leave_the_detector_as_it_was(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = by_hand()
+    with pytest.raises(error, match=message):
+        attach_transfer(model, **options)
+    assert not is_attached(model)
+
+
+def test_detectors_without_a_known_predictor_list_what_could_be_meant() -> None:
+    model = by_hand()
+    heads: Any = model.roi_heads
+    heads.box_predictor = nn.Sequential(nn.Flatten(), nn.Linear(1024, 4))
+    with pytest.raises(AttachError, match=r"roi_heads.box_predictor.cls_score; .*box_head.fc7"):
+        attach_transfer(model)
+    attach_transfer(model, where="roi_heads.box_head.fc7", in_features=1024)
+    with pytest.raises(AttachError, match="attached at roi_heads_box_head_fc7 already"):
+        attach_transfer(model, where="roi_heads.box_head.fc7", in_features=1024)
+    dense = build("retinanet_resnet50_fpn")
+    dense.head.classification_head = nn.Identity()  # type: ignore[union-attr]
+    with pytest.raises(AttachError, match=r"head.classification_head ends in no convolution"):
+        attach_transfer(dense)
+    model_without_branch = timm.create_model("test_resnet").eval()
+    with pytest.raises(ValueError, match="branch: got 'both', which is for a detector's"):
+        attach_transfer(model_without_branch, branch="both")

@@ -107,7 +107,9 @@ class BaseDegradation(ABC):
 
     def _resize(self, image: Tensor, height: int, width: int) -> Tensor:
         size = (height, width)
-        if image.shape[1:] == (1, 1):  # which torch's kernel for uint8 refuses
+        if size == (1, 1):  # one pixel is the mean, and what torch's kernel for uint8 refuses
+            return image.float().mean((1, 2), keepdim=True).round().to(torch.uint8)
+        if image.shape[1:] == (1, 1):
             return image.expand(-1, *size).contiguous()
         if self.kernel == "nearest":
             return F.interpolate(image[None], size=size, mode="nearest-exact")[0]

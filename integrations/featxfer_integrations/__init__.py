@@ -1,6 +1,7 @@
 """Hosts that featxfer plugs into: which models there are, their weights, where features are."""
 
 from featxfer_integrations._attach import AttachError, transfers_of
+from featxfer_integrations._fitting import HeldOutPairs, TransferFit
 from featxfer_integrations.attach import (
     attach_transfer,
     detach_transfer,
@@ -11,7 +12,7 @@ from featxfer_integrations.attach import (
 )
 from featxfer_integrations.backbones import BackboneError, load_backbone, load_model
 from featxfer_integrations.corruptions import CorruptedDegradation
-from featxfer_integrations.fit import HeldOutPairs, TransferFit, backbone_of, fit_transfer
+from featxfer_integrations.fit import backbone_of, fit_transfer
 
 __all__ = [
     "AttachError",

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from featxfer import (
     BLOCK_RECIPE,
@@ -44,8 +41,7 @@ from featxfer._checks import check_choice, check_integer
 from featxfer.features import default_cache, fill_stores, software_versions
 from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
-from featxfer.pairs import PairAgreement, compare_pairs
-from featxfer.pseudo_labels import Clustering, LabelDiagnostics
+from featxfer.pseudo_labels import Clustering
 from featxfer.unpaired import require_pot
 from featxfer_integrations._attach import (
     CHILD,
@@ -56,11 +52,19 @@ from featxfer_integrations._attach import (
     check_host,
     gives_clusters,
     host_parameter,
-    install,
     is_attached,
     module_place,
     take_feature,
     transfers_of,
+)
+from featxfer_integrations._fitting import (
+    TransferFit,
+    epochs,
+    put,
+    reports,
+    split,
+    tell,
+    warn_if_useless,
 )
 from featxfer_integrations.attach import (
     backbone_sha256,
@@ -83,53 +87,6 @@ from featxfer_integrations.deep import (
 )
 
 DEPTHS = ("auto", "pooled", "deep")
-
-
-@dataclass(frozen=True)
-class HeldOutPairs:
-    """What a head does to pairs of views that it was not trained on.
-
-    Args:
-        before: plain LR features against the HR features of the same images.
-        after: transferred LR features against the same.
-        hr_cosine: mean cosine of HR features before and after the head: 1 is unharmed.
-        pairs: how many.
-    """
-
-    before: PairAgreement
-    after: PairAgreement
-    hr_cosine: float
-    pairs: int
-
-    @property
-    def cosine_gap_recovered(self) -> float:
-        """Share of the cosine distance between LR and HR that the head takes away; 1 is all."""
-        gap = 1 - self.before.cosine
-        return (self.after.cosine - self.before.cosine) / gap if gap > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class TransferFit:
-    """What `fit_transfer` found.
-
-    Args:
-        log: of the head's training, an entry an epoch; empty if no head was trained.
-        diagnostics: of the pseudo-labels, a degradation each.
-        held_out: of what was trained, a degradation each; empty where no pairs were held out, and
-            for output "clusters", which is not in the space of HR features.
-        images: how many the head was trained on.
-        skipped: image name -> why it could not be read.
-        depth: "pooled", or "deep" where blocks were trained too.
-        blocks_log: of the blocks' training, an entry an epoch.
-    """
-
-    log: list[EpochLog]
-    diagnostics: list[LabelDiagnostics]
-    held_out: list[HeldOutPairs]
-    images: int
-    skipped: dict[str, str]
-    depth: str = "pooled"
-    blocks_log: list[EpochLog] = field(default_factory=list)
 
 
 def fit_transfer(
@@ -263,8 +220,8 @@ def fit_transfer(
         _check_other_blocks(model, [])
         trained = _fit_pooled(task, recipe)
     for module, modules_place in trained.modules:
-        _put(model, modules_place, module)
-    _warn_if_useless(trained.fit)
+        put(model, modules_place, module)
+    warn_if_useless(trained.fit)
     return trained.fit
 
 
@@ -348,7 +305,7 @@ def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
         for view in task.views
     ]
     hr, lr = features[0].hr, [part.lr for part in features]
-    train, test = _split(len(hr), task.held_out, task.seed)
+    train, test = split(len(hr), task.held_out, task.seed)
     head = _new_head(task, hr.shape[1], len(train))
     recipe = recipe or (FEATURES_RECIPE if head.output == "features" else Recipe())
     clusterings = _clusterings(task, head, hr[train])
@@ -358,7 +315,7 @@ def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
     fit = TransferFit(
         log,
         [diagnose(hr[train], rows[train], clustering.centroids) for rows in lr],
-        _reports(hr[test], [rows[test] for rows in lr], through, clustering),
+        reports(hr[test], [rows[test] for rows in lr], through, clustering),
         len(train),
         features[0].skipped,
     )
@@ -396,7 +353,7 @@ def _fit_deep(
     for plan in plans:
         rest.attach(plan.place, blocks[plan.module])
     block_recipe = block_recipe or BLOCK_RECIPE
-    kept = len(_split(len(task.images), task.held_out, task.seed)[0])
+    kept = len(split(len(task.images), task.held_out, task.seed)[0])
     seconds = estimate_seconds(rest, shape, block_recipe, epoch_rows(kept, len(task.views)))
     if minutes is not None and seconds > 60 * minutes:
         tell(
@@ -420,8 +377,8 @@ def _fit_deep(
         precision=rest.precision,
         **task.options,
     )
-    train, test = _split(len(maps.hr[0]), task.held_out, task.seed)
-    with _epochs(block_recipe, "training blocks") as advance:
+    train, test = split(len(maps.hr[0]), task.held_out, task.seed)
+    with epochs(block_recipe, "training blocks") as advance:
         deep = train_blocks(
             rest,
             plans,
@@ -448,7 +405,7 @@ def _fit_deep(
     fit = TransferFit(
         log,
         [diagnose(hr[train], rows[train], deep.clusterings[0].centroids) for rows in deep.lr],
-        _reports(hr[test], [rows[test] for rows in deep.lr], through, deep.clusterings[0]),
+        reports(hr[test], [rows[test] for rows in deep.lr], through, deep.clusterings[0]),
         len(train),
         dict(maps.hr[0].skipped),
         "deep",
@@ -508,7 +465,7 @@ def _fit_unpaired(task: _Task, recipe: Recipe | None, lr_images: Images, unpaire
     recipe = recipe or FEATURES_RECIPE
     clusterings = _clusterings(task, head, hr)
     targets = unpaired_targets(unpaired, hr, lr, clusterings[0])
-    with _epochs(recipe, "training the head") as advance:
+    with epochs(recipe, "training the head") as advance:
         log = fit_features_head(
             head,
             hr,
@@ -532,11 +489,6 @@ def _fit_unpaired(task: _Task, recipe: Recipe | None, lr_images: Images, unpaire
         lr_images_fingerprint=lr_images.fingerprint,
     )
     return _Trained(fit, [(head, task.place)])
-
-
-def tell(message: str) -> None:
-    """One line on stderr."""
-    tqdm.write(f"featxfer: {message}", file=sys.stderr)
 
 
 def backbone_of(
@@ -679,13 +631,6 @@ def _check_other_blocks(model: nn.Module, plans: Sequence[BlockPlan]) -> None:
         )
 
 
-def _split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of those held out, both in order."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    kept = min(count, max(1, count - round(count * held_out)))
-    return order[:kept].sort().values, order[kept:].sort().values
-
-
 def _new_head(task: _Task, width: int, images: int) -> FeatureTransferHead:
     """An untrained head in the sizes of the one that is attached, if one is."""
     attached = attached_at(task.model, task.place)
@@ -715,7 +660,7 @@ def _train(
     recipe: Recipe,
     clusterings: Sequence[Clustering],
 ) -> list[EpochLog]:
-    with _epochs(recipe, "training the head") as advance:
+    with epochs(recipe, "training the head") as advance:
         if head.output == "features":
             return fit_features_head(
                 head,
@@ -733,60 +678,3 @@ def _train(
         return fit_head(
             head, repeated, rows, clusterings[0], recipe=recipe, seed=task.seed, callback=advance
         )
-
-
-@contextmanager
-def _epochs(recipe: Recipe, what: str) -> Iterator[Callable[[EpochLog], None]]:
-    """What moves a progress bar on after an epoch."""
-    with tqdm(total=recipe.epochs, desc=what, unit="epoch", disable=None) as bar:
-
-        def advance(entry: EpochLog) -> None:
-            bar.update(entry.epoch + 1 - bar.n)
-
-        yield advance
-
-
-def _reports(
-    hr: Tensor, lr: Sequence[Tensor], through: Sequence[Tensor], clustering: Clustering
-) -> list[HeldOutPairs]:
-    """Of held-out images: their features, and what becomes of each LR view and of HR, the last."""
-    if not len(hr) or not through:
-        return []
-    hr_cosine = float(F.cosine_similarity(through[-1], hr).mean())
-    return [
-        HeldOutPairs(
-            compare_pairs(hr, before, clustering.centroids),
-            compare_pairs(hr, after, clustering.centroids),
-            hr_cosine,
-            len(hr),
-        )
-        for before, after in zip(lr, through[:-1], strict=True)
-    ]
-
-
-def _put(model: nn.Module, place: Place, module: TransferModule) -> None:
-    """Attaches what was trained, or gives what it learned to what is attached."""
-    attached = attached_at(model, place)
-    if attached is None:
-        install(model, place, module)
-        return
-    if isinstance(attached, FeatureTransferHead) and isinstance(module, FeatureTransferHead):
-        attached.centroids = torch.empty_like(module.centroids).to(attached.centroids)
-    attached.load_state_dict(module.state_dict())
-    attached.card = module.card
-
-
-def _warn_if_useless(fitted: TransferFit) -> None:
-    """Warns where there is no gap, or held-out LR features come no nearer to their HR features."""
-    for part in fitted.held_out:
-        if part.before.cosine > 1 - 1e-6:
-            message = "LR features are the HR features: there is no gap to recover"
-        elif part.after.cosine <= part.before.cosine:
-            what = "the head does" if fitted.depth == "pooled" else "blocks do"
-            message = (
-                f"{what} not help: held-out cosine {part.before.cosine:.3f} before, "
-                f"{part.after.cosine:.3f} after"
-            )
-        else:
-            continue
-        warnings.warn(message, stacklevel=3)

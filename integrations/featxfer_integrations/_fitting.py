@@ -1,0 +1,136 @@
+"""What fits of models and of detectors share: the report, held-out images, progress."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from featxfer import EpochLog, FeatureTransferHead, Recipe
+from featxfer.hub import TransferModule
+from featxfer.pairs import PairAgreement, compare_pairs
+from featxfer.pseudo_labels import Clustering, LabelDiagnostics
+from featxfer_integrations._attach import Place, attached_at, install
+
+
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """What a head does to pairs of views that it was not trained on.
+
+    Args:
+        before: plain LR features against the HR features of the same images.
+        after: transferred LR features against the same.
+        hr_cosine: mean cosine of HR features before and after the head: 1 is unharmed.
+        pairs: how many.
+    """
+
+    before: PairAgreement
+    after: PairAgreement
+    hr_cosine: float
+    pairs: int
+
+    @property
+    def cosine_gap_recovered(self) -> float:
+        """Share of the cosine distance between LR and HR that the head takes away; 1 is all."""
+        gap = 1 - self.before.cosine
+        return (self.after.cosine - self.before.cosine) / gap if gap > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class TransferFit:
+    """What `fit_transfer` found.
+
+    Args:
+        log: of the head's training, an entry an epoch; empty if no head was trained.
+        diagnostics: of the pseudo-labels, a degradation each.
+        held_out: of what was trained, a degradation each; empty where no pairs were held out, and
+            for output "clusters", which is not in the space of HR features.
+        images: how many the head was trained on.
+        skipped: image name -> why it could not be read.
+        depth: "pooled", or "deep" where blocks were trained too.
+        blocks_log: of the blocks' training, an entry an epoch.
+    """
+
+    log: list[EpochLog]
+    diagnostics: list[LabelDiagnostics]
+    held_out: list[HeldOutPairs]
+    images: int
+    skipped: dict[str, str]
+    depth: str = "pooled"
+    blocks_log: list[EpochLog] = field(default_factory=list)
+
+
+def tell(message: str) -> None:
+    """One line on stderr."""
+    tqdm.write(f"featxfer: {message}", file=sys.stderr)
+
+
+def split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on and of those held out, both in order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    kept = min(count, max(1, count - round(count * held_out)))
+    return order[:kept].sort().values, order[kept:].sort().values
+
+
+@contextmanager
+def epochs(recipe: Recipe, what: str) -> Iterator[Callable[[EpochLog], None]]:
+    """What moves a progress bar on after an epoch."""
+    with tqdm(total=recipe.epochs, desc=what, unit="epoch", disable=None) as bar:
+
+        def advance(entry: EpochLog) -> None:
+            bar.update(entry.epoch + 1 - bar.n)
+
+        yield advance
+
+
+def reports(
+    hr: Tensor, lr: Sequence[Tensor], through: Sequence[Tensor], clustering: Clustering
+) -> list[HeldOutPairs]:
+    """Of held-out images: their features, and what becomes of each LR view and of HR, the last."""
+    if not len(hr) or not through:
+        return []
+    hr_cosine = float(F.cosine_similarity(through[-1], hr).mean())
+    return [
+        HeldOutPairs(
+            compare_pairs(hr, before, clustering.centroids),
+            compare_pairs(hr, after, clustering.centroids),
+            hr_cosine,
+            len(hr),
+        )
+        for before, after in zip(lr, through[:-1], strict=True)
+    ]
+
+
+def put(model: nn.Module, place: Place, module: TransferModule) -> None:
+    """Attaches what was trained, or gives what it learned to what is attached."""
+    attached = attached_at(model, place)
+    if attached is None:
+        install(model, place, module)
+        return
+    if isinstance(attached, FeatureTransferHead) and isinstance(module, FeatureTransferHead):
+        attached.centroids = torch.empty_like(module.centroids).to(attached.centroids)
+    attached.load_state_dict(module.state_dict())
+    attached.card = module.card
+
+
+def warn_if_useless(fitted: TransferFit) -> None:
+    """Warns where there is no gap, or held-out LR features come no nearer to their HR features."""
+    for part in fitted.held_out:
+        if part.before.cosine > 1 - 1e-6:
+            message = "LR features are the HR features: there is no gap to recover"
+        elif part.after.cosine <= part.before.cosine:
+            what = "the head does" if fitted.depth == "pooled" else "blocks do"
+            message = (
+                f"{what} not help: held-out cosine {part.before.cosine:.3f} before, "
+                f"{part.after.cosine:.3f} after"
+            )
+        else:
+            continue
+        warnings.warn(message, stacklevel=3)

@@ -1,0 +1,408 @@
+"""Features of the same boxes in HR and LR images, of a frozen detector: what its heads learn from.
+
+R-CNNs: the detector's own proposals on the HR image, pooled from the maps of every view. Detectors
+without proposals: positions of their pyramid. No labels are looked at: what is drawn is balanced by
+the classes that the detector itself predicts on the HR image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from tqdm import tqdm
+
+from featxfer import BaseDegradation, FeatureStore, ImageError, Images
+from featxfer.backbone import frozen, weights_sha256
+from featxfer.features import software_versions
+from featxfer.store import Manifest, Rows, StoredRows
+from featxfer_integrations._attach import CHILD, AttachError, Place, disabled, is_attached
+
+PER_IMAGE = 32
+"""Boxes or positions of an image, at each place."""
+
+MOST_ROWS = 65_536
+"""Boxes or positions that a head is trained on, at the most."""
+
+PART_ROWS = 32
+"""Images a part of a store."""
+
+OBJECT = 0.05
+"""Scores from here on are of objects; below, a position is background."""
+
+NOTHING = -1
+"""Label of what is missing to `PER_IMAGE`."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Boxes or positions of one image at one place.
+
+    Args:
+        views: features `(b, d)` of the HR view and of each LR view.
+        labels: what the detector predicts on the HR view, int64 `(b,)`; 0 is background.
+    """
+
+    views: list[Tensor]
+    labels: Tensor
+
+
+class Sampler:
+    """Draws boxes on the HR view of an image and gives their features in all views.
+
+    Args:
+        model: a detector as `torchvision_detection` knows it.
+        places: of heads.
+        per_image: how many boxes are drawn, at each place.
+        seed: of what is drawn by chance.
+    """
+
+    def __init__(
+        self, model: nn.Module, places: Sequence[Place], *, per_image: int = PER_IMAGE, seed: int
+    ) -> None:
+        self.model: Any = model
+        self.places, self.per_image, self.seed = places, per_image, seed
+
+    @torch.no_grad()
+    def __call__(self, views: Sequence[Tensor], index: int) -> dict[str, Sample]:
+        """Samples by place.
+
+        Args:
+            views: uint8 `(3, h, w)`, of one size, HR first.
+            index: of the image.
+        """
+        images, maps = levels_of(self.model, views)
+        if hasattr(self.model, "roi_heads"):
+            return self._boxes(images, maps)
+        return self._positions(maps, index)
+
+    def _boxes(self, images: ImageList, maps: dict[str, Tensor]) -> dict[str, Sample]:
+        boxes = self.propose(images, maps)
+        count = len(images.image_sizes)
+        if not len(boxes):
+            return {
+                place.name: Sample([torch.empty(0, 0)] * count, torch.empty(0, dtype=torch.int64))
+                for place in self.places
+            }
+        rows, labels = self._pooled(maps, [boxes] * count, images.image_sizes)
+        return {
+            place.name: Sample([part.cpu() for part in rows[place.name].chunk(count)], labels)
+            for place in self.places
+        }
+
+    def propose(self, images: ImageList, maps: dict[str, Tensor]) -> Tensor:
+        """Boxes `(b, 4)` on the first image, b at most `per_image`, balanced by predicted class."""
+        first = {name: level[:1] for name, level in maps.items()}
+        sizes = images.image_sizes[:1]
+        proposed, _ = self.model.rpn(ImageList(images.tensors[:1], sizes), first)
+        boxes: Tensor = proposed[0]
+        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+        if not len(boxes):
+            return boxes
+        heads = self.model.roi_heads
+        found = heads.box_predictor(heads.box_head(heads.box_roi_pool(first, [boxes], sizes)))
+        scores, labels = found[0].softmax(1).max(1)
+        return boxes[balanced(labels, scores, self.per_image)]
+
+    def _pooled(
+        self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Features at each place, view by view, and the labels of the first view."""
+        heads = self.model.roi_heads
+        with captured(self.model, self.places) as taken:
+            found = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, boxes, sizes)))
+        labels = found[0][: len(boxes[0])].argmax(1).cpu()
+        rows = {}
+        for place in self.places:
+            if len(taken[place.name]) != 1 or taken[place.name][0].ndim != 2:
+                raise AttachError(f"where: {place.name!r} has no vector for each box")
+            rows[place.name] = taken[place.name][0]
+        return rows, labels
+
+    def _positions(self, maps: dict[str, Tensor], index: int) -> dict[str, Sample]:
+        with captured(self.model, self.places) as taken:
+            logits = self.model.head(list(maps.values()))["cls_logits"]
+        if hasattr(self.model.head.classification_head, "module_list"):
+            likely = logits[0].softmax(1)[:, 1:]
+        else:
+            likely = logits[0].sigmoid()
+        scores, labels = likely.max(1)
+        start, samples, chosen = 0, {}, {}
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        for place in self.places:
+            rows = torch.cat([level.flatten(2) for level in taken[place.name]], 2).movedim(1, 2)
+            positions = rows.shape[1]
+            level = place.name.removeprefix("box_regression").removeprefix("boxes")
+            if place.name.startswith("boxes"):
+                conv = self.model.get_submodule(place.inputs[0])
+                anchors = conv.out_channels // logits.shape[2]
+                part = slice(start, start + anchors * positions)
+                best, anchor = scores[part].reshape(positions, anchors).max(1)
+                kinds = labels[part].reshape(positions, anchors).gather(1, anchor[:, None])[:, 0]
+                kinds = torch.where(best < OBJECT, 0, kinds + 1).cpu()
+                start += anchors * positions
+                chosen[level] = _half(kinds, best.cpu(), self.per_image, generator), kinds
+            indices, kinds = chosen[level]
+            rows = rows[:, indices.to(rows.device)].cpu()
+            samples[place.name] = Sample(list(rows), kinds[indices])
+        return samples
+
+
+def levels_of(model: nn.Module, views: Sequence[Tensor]) -> tuple[ImageList, dict[str, Tensor]]:
+    """Views, uint8 `(3, h, w)`, as the detector's transform gives them, and the backbone's maps."""
+    detector: Any = model
+    like = next(detector.parameters())
+    pixels = [view.to(like.device, like.dtype) / 255 for view in views]
+    images, _ = detector.transform(pixels)
+    maps = detector.backbone(images.tensors)
+    return images, {"0": maps} if isinstance(maps, Tensor) else dict(maps)
+
+
+@contextmanager
+def captured(model: nn.Module, places: Sequence[Place]) -> Iterator[dict[str, list[Tensor]]]:
+    """What arrives at places inside, by place, in the order that it does."""
+    taken: dict[str, list[Tensor]] = {place.name: [] for place in places}
+
+    def before(_: nn.Module, args: Any, *, name: str) -> None:
+        taken[name].append(args[0])
+
+    def after(_: nn.Module, __: Any, output: Any, *, name: str) -> None:
+        taken[name].append(output)
+
+    handles = []
+    for place in places:
+        for module in place.inputs[:1]:
+            hook = partial(before, name=place.name)
+            handles.append(model.get_submodule(module).register_forward_pre_hook(hook))
+        for module in place.outputs:
+            hook = partial(after, name=place.name)
+            handles.append(model.get_submodule(module).register_forward_hook(hook))
+    try:
+        yield taken
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def balanced(labels: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores, of each label in turn as long as it lasts."""
+    order = scores.argsort(descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    for label in labels.unique():
+        mine = order[labels[order] == label]
+        ranks[mine] = torch.arange(len(mine), device=ranks.device)
+    return order[ranks[order].argsort(stable=True)][:count]
+
+
+def _half(labels: Tensor, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Positions: up to half of them where objects are, balanced, the others by chance."""
+    objects = (labels > 0).nonzero()[:, 0]
+    first = objects[balanced(labels[objects], scores[objects], count // 2)]
+    left = torch.ones(len(labels), dtype=torch.bool)
+    left[first] = False
+    others = left.nonzero()[:, 0]
+    drawn = torch.randperm(len(others), generator=generator)[: count - len(first)]
+    return torch.cat([first, others[drawn]])
+
+
+@dataclass(frozen=True)
+class BoxStores:
+    """What is kept of all images at one place: a row an image, its boxes one after the other.
+
+    Args:
+        labels: `per_image` labels, `NOTHING` for each box that is missing.
+        views: of the HR view and of each LR view, `per_image * d` numbers.
+    """
+
+    labels: FeatureStore
+    views: list[FeatureStore]
+
+    @property
+    def all(self) -> list[FeatureStore]:
+        """Every store."""
+        return [self.labels, *self.views]
+
+    def read(
+        self, images: Tensor, most: int, seed: int
+    ) -> tuple[list[Tensor], Tensor, StoredRows]:
+        """Features of boxes in each view, `(n, d)`, and their labels; `most` of these images'.
+
+        Where there are more, labels that are rare are taken whole and the others share the rest.
+        """
+        stored = self.labels.open_rows()
+        labels = stored.take(images).to(torch.int64)
+        rows, slots = (labels != NOTHING).nonzero(as_tuple=True)
+        kept = _share(labels[rows, slots], most, seed)
+        rows, slots = rows[kept], slots[kept]
+        views = [
+            _boxes_of(store.open_rows(), images, rows, slots, labels.shape[1])
+            for store in self.views
+        ]
+        return views, labels[rows, slots], stored
+
+
+def _share(labels: Tensor, most: int, seed: int) -> Tensor:
+    """Indices, in order, of at most `most` labels, as evenly from each as there are."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    chosen = order[balanced(labels[order], torch.zeros(len(order)), most)]
+    return chosen.sort().values
+
+
+def _boxes_of(
+    stored: StoredRows, images: Tensor, rows: Tensor, slots: Tensor, per_image: int
+) -> Tensor:
+    parts = []
+    for start in range(0, len(images), 256):
+        mine = (rows >= start) & (rows < start + 256)
+        if mine.any():
+            part = stored.take(images[start : start + 256]).unflatten(1, (per_image, -1))
+            parts.append(part[rows[mine] - start, slots[mine]])
+    return torch.cat(parts).float()
+
+
+def fill_box_stores(
+    sampler: Sampler,
+    images: Images,
+    degradations: Sequence[BaseDegradation],
+    cache: Path,
+    *,
+    on_error: str = "raise",
+) -> dict[str, BoxStores]:
+    """The finished stores of all places; what the cache has is not computed again.
+
+    Args:
+        sampler: of the detector; what is attached to it is left out.
+        images: see `featxfer.open_images`.
+        degradations: of the LR views.
+        cache: folder of the stores.
+        on_error: "raise" at an image that cannot be read, or "skip" it.
+
+    Raises:
+        ImageError: an image cannot be read and `on_error` is "raise".
+        ValueError: features that are not finite; the image is named.
+        StoreError, DiskError: as `FeatureStore`.
+    """
+    manifest = _manifest(sampler, images)
+    stores = {}
+    for place in sampler.places:
+        common = {"place": place.name, "per_image": sampler.per_image, "seed": sampler.seed}
+        described = [
+            {**common, "view": "labels"},
+            {**common, **degradations[0].describe_view("hr")},
+            *({**common, **degradation.describe_view("lr")} for degradation in degradations),
+        ]
+        filled = [
+            FeatureStore(cache, dataclasses.replace(manifest, view=view)) for view in described
+        ]
+        stores[place.name] = BoxStores(filled[0], filled[1:])
+    every = [store for place in stores.values() for store in place.all]
+    missing = sorted({part for store in every for part in store.missing_parts()})
+    size = manifest.part_rows
+    with tqdm(total=len(missing) * size, unit="img", desc="boxes", disable=None) as bar:
+        for part in missing:
+            _fill_part(sampler, images, degradations, stores, part, on_error, bar)
+    return stores
+
+
+def _fill_part(
+    sampler: Sampler,
+    images: Images,
+    degradations: Sequence[BaseDegradation],
+    stores: Mapping[str, BoxStores],
+    part: int,
+    on_error: str,
+    bar: Any,
+) -> None:
+    ids: list[str] = []
+    skipped: dict[str, str] = {}
+    samples: dict[str, list[Sample]] = {name: [] for name in stores}
+    with frozen(sampler.model), _plain(sampler.model):
+        for index in range(part * PART_ROWS, min(len(images), (part + 1) * PART_ROWS)):
+            bar.update()
+            try:
+                image = images.read(index)
+            except ImageError as error:
+                if on_error == "raise":
+                    raise
+                skipped[images.ids[index]] = str(error)
+                continue
+            views = [degradations[0].hr(image), *(view.lr(image) for view in degradations)]
+            for name, sample in sampler(views, index).items():
+                if not all(bool(torch.isfinite(rows).all()) for rows in sample.views):
+                    raise ValueError(
+                        f"images: features of {images.ids[index]} at {name!r} are not finite"
+                    )
+                samples[name].append(sample)
+            ids.append(images.ids[index])
+    for name, place in stores.items():
+        for store, rows in zip(place.all, _as_rows(samples[name], sampler), strict=True):
+            store.write_part(part, Rows(tuple(ids), rows, skipped))
+
+
+def _as_rows(samples: Sequence[Sample], sampler: Sampler) -> list[Tensor]:
+    """Labels and features of some images, a row an image."""
+    per_image = sampler.per_image
+    width = max((sample.views[0].shape[1] for sample in samples), default=0)
+    labels = torch.full((len(samples), per_image), float(NOTHING))
+    count = len(samples[0].views) if samples else 0
+    views = [torch.zeros(len(samples), per_image, width) for _ in range(count)]
+    for row, sample in enumerate(samples):
+        labels[row, : len(sample.labels)] = sample.labels.float()
+        for rows, features in zip(views, sample.views, strict=True):
+            if len(features):
+                rows[row, : len(features)] = features.float()
+    return [labels, *(rows.flatten(1) for rows in views)]
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Without what is attached, if something is."""
+    if not is_attached(model):
+        yield
+        return
+    with disabled(model):
+        yield
+
+
+def _manifest(sampler: Sampler, images: Images) -> Manifest:
+    model = sampler.model
+    layers = [repr(module) for name, module in model.named_children() if name != CHILD]
+    transform = model.transform
+    return Manifest(
+        view={},
+        backbone=type(model).__name__,
+        host=f"torchvision {torchvision.__version__}",
+        architecture_sha256=hashlib.sha256("\n".join([*layers, settings(model)]).encode()).hexdigest(),
+        weights_sha256=weights_sha256(model, leave_out=(f"{CHILD}.",)),
+        preprocessing={"mean": list(transform.image_mean), "std": list(transform.image_std)},
+        precision="fp32",
+        images_fingerprint=images.fingerprint,
+        image_count=len(images),
+        part_rows=PART_ROWS,
+        software=software_versions(),
+    )
+
+
+def settings(model: nn.Module) -> str:
+    """Numbers that proposals hang on and that are neither weights nor layers, as JSON."""
+    known = vars(nn.Module())
+    found = {}
+    for name, module in model.named_modules():
+        if name.partition(".")[0] == CHILD:
+            continue
+        for key, value in vars(module).items():
+            if key not in known and isinstance(value, int | float | str | list | tuple | dict):
+                found[f"{name}.{key}"] = repr(value)
+    return json.dumps(found, sort_keys=True)

@@ -7,7 +7,7 @@ for them, see `featxfer.unpaired`), both `(n, d)`. `make_objective` makes them b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,13 @@ from featxfer._checks import ArrayLike, as_features, check_choice
 
 
 class Objective(Protocol):
-    """A loss of a mini-batch of the head's outputs against their targets."""
+    """A loss of a mini-batch of outputs, of a head mostly, against their targets."""
 
-    def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
         """The mean loss, a scalar with gradient, and the number of right labels, a scalar."""
         ...
 
-    def check(self, outputs: Tensor, targets: Tensor, rows: int) -> None:
+    def check(self, outputs: Any, targets: Any, rows: int) -> None:
         """Raises `ValueError` unless `targets` of `rows` rows go with outputs like these."""
         ...
 

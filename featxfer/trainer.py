@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -167,8 +168,8 @@ class Rows(Protocol):
         """Indices of the rows of one epoch, int64 `(m,)`, in the order that they are taken."""
         ...
 
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these rows."""
+    def take(self, indices: Tensor) -> tuple[Any, Any]:
+        """Inputs and targets of these rows: tensors, or what can be moved by `to(device)`."""
         ...
 
 
@@ -275,6 +276,7 @@ class PseudoLabelTrainer:
         rows: Rows,
         *,
         held_out: Rows | None = None,
+        held_out_batch: int = 256,
         checkpoint: Path | None = None,
         callback: Callable[[EpochLog], object] | None = None,
     ) -> list[EpochLog]:
@@ -283,6 +285,7 @@ class PseudoLabelTrainer:
         Args:
             rows: see `Rows`.
             held_out: the same, as `fit` has it.
+            held_out_batch: how many of these are taken at a time.
             checkpoint: a file that is written after each epoch; where it exists, training goes on
                 from it to the same weights, bit for bit. It is the caller's to see that it is of
                 the same rows, recipe and seed.
@@ -297,15 +300,18 @@ class PseudoLabelTrainer:
         training = self.head.training
         device = next(iter(self.parameters.values())).device
         devices = [device] if device.type == "cuda" else []
+        judge = None
+        if held_out is not None:
+            judge = partial(self._judge, held_out, held_out_batch, device)
         try:
             with torch.random.fork_rng(devices):
                 torch.manual_seed(self.seed)
                 if checkpoint is not None and checkpoint.exists():
                     progress = self._resume(checkpoint, progress.generator)
-                elif held_out is not None:
-                    self._note(progress, self._judge(held_out, device))
+                elif judge is not None:
+                    self._note(progress, judge())
                 while not self._is_done(progress):
-                    self._epoch(progress, rows, held_out, device)
+                    self._epoch(progress, rows, judge, device)
                     if checkpoint is not None:
                         self._keep(checkpoint, progress)
                     if callback is not None:
@@ -324,7 +330,11 @@ class PseudoLabelTrainer:
         return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
     def _epoch(
-        self, progress: _Progress, rows: Rows, held_out: Rows | None, device: torch.device
+        self,
+        progress: _Progress,
+        rows: Rows,
+        judge: Callable[[], float] | None,
+        device: torch.device,
     ) -> None:
         start, epoch = time.perf_counter(), len(progress.log)
         good = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -349,7 +359,7 @@ class PseudoLabelTrainer:
                 f"loss or weights are not finite at epoch {epoch}, step {step} (learning rate "
                 f"{first_rate:g}); the head keeps the weights from before that epoch"
             )
-        judged = None if held_out is None else self._judge(held_out, device)
+        judged = None if judge is None else judge()
         if judged is not None:
             self._note(progress, judged)
         accuracy, seconds = int(torch.stack(right).sum()) / count, time.perf_counter() - start
@@ -362,12 +372,12 @@ class PseudoLabelTrainer:
             progress.best = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def _judge(self, held_out: Rows, device: torch.device) -> float:
+    def _judge(self, held_out: Rows, size: int, device: torch.device) -> float:
         """The mean loss on held-out rows."""
         order = held_out.order(torch.Generator().manual_seed(0))
         total = 0.0
         with _evaluating(self.head):
-            for batch in order.split(256):
+            for batch in order.split(size):
                 inputs, targets = held_out.take(batch)
                 loss, _ = self.objective(self.head(inputs.to(device)), targets.to(device))
                 total += float(loss) * len(batch)

@@ -78,6 +78,8 @@ class Place:
         feature: (host, images) -> the plain feature at the place; by default what arrives there.
         run: (host, images) runs the part of the host that the place is in; by default all of it.
         block: whether a block goes there, and not a head.
+        module: the name of the module as the caller gave it, if it was by name.
+        branch: of a detector's predictor, see `attach_transfer`.
     """
 
     name: str
@@ -89,6 +91,17 @@ class Place:
     feature: Callable[[nn.Module, Tensor], Tensor] | None = None
     run: Callable[[nn.Module, Tensor], object] | None = None
     block: bool = False
+    module: str | None = None
+    branch: str = "class"
+
+    @property
+    def described(self) -> dict[str, str]:
+        """The arguments of `attach_transfer` that name it; none for the model's own place."""
+        if self.module is not None:
+            return {"at" if self.block else "where": self.module}
+        if self.name == "pooled":
+            return {}
+        return {"where": self.name, "branch": self.branch}
 
     @property
     def kind(self) -> type[FeatureTransferBlock] | type[FeatureTransferHead]:
@@ -278,7 +291,8 @@ def module_place(model: nn.Module, name: str) -> Place:
     while _runs_its_last_child(model.get_submodule(leaf)):
         leaf = f"{leaf}.{list(model.get_submodule(leaf)._modules)[-1]}"
     key = name.replace(".", "_")
-    return Place(f"{key}_" if hasattr(Transfers(), key) else key, None, outputs=(leaf,))
+    key = f"{key}_" if hasattr(Transfers(), key) else key
+    return Place(key, None, outputs=(leaf,), module=name)
 
 
 def _runs_its_last_child(module: nn.Module) -> bool:

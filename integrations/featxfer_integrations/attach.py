@@ -126,7 +126,7 @@ def attach_transfer(
         output: of a new head: "features" (the default) or "clusters".
         hidden_features: of a new head; of a new block its `hidden_channels`.
         where: name of the module whose output the head transfers, for models that do not say. Of
-            detectors "boxes", "backbone", "fpn", or one of their places ("boxes3", "fpn0").
+            detectors "boxes", "backbone", "fpn", or one of their places ("boxes_class3", "fpn0").
         at: attaches a block: "stage0", "stage1", ... (the stages of timm's `feature_info`; of
             torchvision's models the resolutions of their layers, from the highest), or a module's
             name.

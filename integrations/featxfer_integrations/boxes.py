@@ -27,7 +27,10 @@ from featxfer import BaseDegradation, FeatureStore, ImageError, Images
 from featxfer.backbone import frozen, weights_sha256
 from featxfer.features import software_versions
 from featxfer.store import Manifest, Rows, StoredRows
-from featxfer_integrations._attach import CHILD, AttachError, Place, disabled, is_attached
+from featxfer_integrations._attach import AttachError, Place, disabled, is_attached
+
+CLASS, REGRESSION = "boxes_class", "boxes_regression"
+"""How places of detectors without proposals are named, before the level."""
 
 PER_IMAGE = 32
 """Boxes or positions of an image, at each place."""
@@ -50,7 +53,7 @@ class Sample:
     """Boxes or positions of one image at one place.
 
     Args:
-        views: features `(b, d)` of the HR view and of each LR view.
+        views: features `(b, d)`, a tensor a view.
         labels: what the detector predicts on the HR view, int64 `(b,)`; 0 is background.
     """
 
@@ -62,7 +65,8 @@ class Sampler:
     """Draws boxes on the HR view of an image and gives their features in all views.
 
     Args:
-        model: a detector as `torchvision_detection` knows it.
+        model: a detector as `torchvision_detection` knows it, with blocks in its backbone or none,
+            and no heads.
         places: of heads.
         per_image: how many boxes are drawn, at each place.
         seed: of what is drawn by chance.
@@ -73,13 +77,16 @@ class Sampler:
     ) -> None:
         self.model: Any = model
         self.places, self.per_image, self.seed = places, per_image, seed
+        unknown = [place.name for place in places if place.width is None]
+        assert not unknown, unknown
+        self.widths = {place.name: place.width or 0 for place in places}
 
     @torch.no_grad()
     def __call__(self, views: Sequence[Tensor], index: int) -> dict[str, Sample]:
         """Samples by place.
 
         Args:
-            views: uint8 `(3, h, w)`, of one size, HR first.
+            views: uint8 `(3, h, w)`, of one size. The first is HR, and seen without blocks.
             index: of the image.
         """
         images, maps = levels_of(self.model, views)
@@ -110,25 +117,31 @@ class Sampler:
         boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
         if not len(boxes):
             return boxes
-        heads = self.model.roi_heads
-        found = heads.box_predictor(heads.box_head(heads.box_roi_pool(first, [boxes], sizes)))
-        scores, labels = found[0].softmax(1).max(1)
+        scores, labels = self._logits(first, [boxes], sizes).softmax(1).max(1)
         return boxes[balanced(labels, scores, self.per_image)]
 
     def _pooled(
         self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Features at each place, view by view, and the labels of the first view."""
-        heads = self.model.roi_heads
         with captured(self.model, self.places) as taken:
-            found = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, boxes, sizes)))
-        labels = found[0][: len(boxes[0])].argmax(1).cpu()
+            logits = self._logits(maps, boxes, sizes)
+        labels = logits[: len(boxes[0])].argmax(1).cpu()
         rows = {}
         for place in self.places:
             if len(taken[place.name]) != 1 or taken[place.name][0].ndim != 2:
                 raise AttachError(f"where: {place.name!r} has no vector for each box")
             rows[place.name] = taken[place.name][0]
         return rows, labels
+
+    def _logits(
+        self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Class scores of boxes, of all images one after the other."""
+        heads = self.model.roi_heads
+        found = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, boxes, sizes)))
+        logits: Tensor = found[0] if isinstance(found, tuple) else found
+        return logits
 
     def _positions(self, maps: dict[str, Tensor], index: int) -> dict[str, Sample]:
         with captured(self.model, self.places) as taken:
@@ -143,8 +156,8 @@ class Sampler:
         for place in self.places:
             rows = torch.cat([level.flatten(2) for level in taken[place.name]], 2).movedim(1, 2)
             positions = rows.shape[1]
-            level = place.name.removeprefix("box_regression").removeprefix("boxes")
-            if place.name.startswith("boxes"):
+            level = place.name.removeprefix(CLASS).removeprefix(REGRESSION)
+            if place.name.startswith(CLASS):
                 conv = self.model.get_submodule(place.inputs[0])
                 anchors = conv.out_channels // logits.shape[2]
                 part = slice(start, start + anchors * positions)
@@ -160,13 +173,24 @@ class Sampler:
 
 
 def levels_of(model: nn.Module, views: Sequence[Tensor]) -> tuple[ImageList, dict[str, Tensor]]:
-    """Views, uint8 `(3, h, w)`, as the detector's transform gives them, and the backbone's maps."""
+    """Views, uint8 `(3, h, w)`, as the detector's transform gives them, and the backbone's maps.
+
+    The first view is seen without blocks, the others with those that are in the backbone.
+    """
     detector: Any = model
     like = next(detector.parameters())
     pixels = [view.to(like.device, like.dtype) / 255 for view in views]
     images, _ = detector.transform(pixels)
-    maps = detector.backbone(images.tensors)
-    return images, {"0": maps} if isinstance(maps, Tensor) else dict(maps)
+    if not is_attached(detector):
+        return images, _named(detector.backbone(images.tensors))
+    with disabled(detector):
+        first = _named(detector.backbone(images.tensors[:1]))
+    others = _named(detector.backbone(images.tensors[1:]))
+    return images, {name: torch.cat([level, others[name]]) for name, level in first.items()}
+
+
+def _named(maps: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"0": maps} if isinstance(maps, Tensor) else dict(maps)
 
 
 @contextmanager
@@ -222,7 +246,8 @@ class BoxStores:
 
     Args:
         labels: `per_image` labels, `NOTHING` for each box that is missing.
-        views: of the HR view and of each LR view, `per_image * d` numbers.
+        views: `per_image * d` numbers: of the HR view, of each LR view, and where there are blocks
+            of the HR view as it is through them.
     """
 
     labels: FeatureStore
@@ -233,9 +258,7 @@ class BoxStores:
         """Every store."""
         return [self.labels, *self.views]
 
-    def read(
-        self, images: Tensor, most: int, seed: int
-    ) -> tuple[list[Tensor], Tensor, StoredRows]:
+    def read(self, images: Tensor, most: int, seed: int) -> tuple[list[Tensor], Tensor]:
         """Features of boxes in each view, `(n, d)`, and their labels; `most` of these images'.
 
         Where there are more, labels that are rare are taken whole and the others share the rest.
@@ -249,7 +272,7 @@ class BoxStores:
             _boxes_of(store.open_rows(), images, rows, slots, labels.shape[1])
             for store in self.views
         ]
-        return views, labels[rows, slots], stored
+        return views, labels[rows, slots]
 
 
 def _share(labels: Tensor, most: int, seed: int) -> Tensor:
@@ -269,7 +292,7 @@ def _boxes_of(
         if mine.any():
             part = stored.take(images[start : start + 256]).unflatten(1, (per_image, -1))
             parts.append(part[rows[mine] - start, slots[mine]])
-    return torch.cat(parts).float()
+    return torch.cat(parts).float() if parts else torch.empty(0, 0)
 
 
 def fill_box_stores(
@@ -283,7 +306,7 @@ def fill_box_stores(
     """The finished stores of all places; what the cache has is not computed again.
 
     Args:
-        sampler: of the detector; what is attached to it is left out.
+        sampler: of the detector.
         images: see `featxfer.open_images`.
         degradations: of the LR views.
         cache: folder of the stores.
@@ -303,6 +326,8 @@ def fill_box_stores(
             {**common, **degradations[0].describe_view("hr")},
             *({**common, **degradation.describe_view("lr")} for degradation in degradations),
         ]
+        if is_attached(sampler.model):
+            described.append({**described[1], "through": "blocks"})
         filled = [
             FeatureStore(cache, dataclasses.replace(manifest, view=view)) for view in described
         ]
@@ -328,7 +353,8 @@ def _fill_part(
     ids: list[str] = []
     skipped: dict[str, str] = {}
     samples: dict[str, list[Sample]] = {name: [] for name in stores}
-    with frozen(sampler.model), _plain(sampler.model):
+    through = is_attached(sampler.model)
+    with frozen(sampler.model):
         for index in range(part * PART_ROWS, min(len(images), (part + 1) * PART_ROWS)):
             bar.update()
             try:
@@ -338,7 +364,8 @@ def _fill_part(
                     raise
                 skipped[images.ids[index]] = str(error)
                 continue
-            views = [degradations[0].hr(image), *(view.lr(image) for view in degradations)]
+            hr = degradations[0].hr(image)
+            views = [hr, *(view.lr(image) for view in degradations), *([hr] if through else [])]
             for name, sample in sampler(views, index).items():
                 if not all(bool(torch.isfinite(rows).all()) for rows in sample.views):
                     raise ValueError(
@@ -347,17 +374,18 @@ def _fill_part(
                 samples[name].append(sample)
             ids.append(images.ids[index])
     for name, place in stores.items():
-        for store, rows in zip(place.all, _as_rows(samples[name], sampler), strict=True):
+        shape = (len(ids), sampler.per_image, sampler.widths[name])
+        rows_of = _as_rows(samples[name], shape, len(place.views))
+        for store, rows in zip(place.all, rows_of, strict=True):
             store.write_part(part, Rows(tuple(ids), rows, skipped))
 
 
-def _as_rows(samples: Sequence[Sample], sampler: Sampler) -> list[Tensor]:
-    """Labels and features of some images, a row an image."""
-    per_image = sampler.per_image
-    width = max((sample.views[0].shape[1] for sample in samples), default=0)
-    labels = torch.full((len(samples), per_image), float(NOTHING))
-    count = len(samples[0].views) if samples else 0
-    views = [torch.zeros(len(samples), per_image, width) for _ in range(count)]
+def _as_rows(
+    samples: Sequence[Sample], shape: tuple[int, int, int], views_count: int
+) -> list[Tensor]:
+    """Labels and features of some images, a row an image; `shape` is `(images, boxes, d)`."""
+    labels = torch.full(shape[:2], float(NOTHING))
+    views = [torch.zeros(shape) for _ in range(views_count)]
     for row, sample in enumerate(samples):
         labels[row, : len(sample.labels)] = sample.labels.float()
         for rows, features in zip(views, sample.views, strict=True):
@@ -366,26 +394,18 @@ def _as_rows(samples: Sequence[Sample], sampler: Sampler) -> list[Tensor]:
     return [labels, *(rows.flatten(1) for rows in views)]
 
 
-@contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """Without what is attached, if something is."""
-    if not is_attached(model):
-        yield
-        return
-    with disabled(model):
-        yield
-
-
 def _manifest(sampler: Sampler, images: Images) -> Manifest:
     model = sampler.model
-    layers = [repr(module) for name, module in model.named_children() if name != CHILD]
+    layers = [repr(module) for _, module in model.named_children()]
     transform = model.transform
     return Manifest(
         view={},
         backbone=type(model).__name__,
         host=f"torchvision {torchvision.__version__}",
-        architecture_sha256=hashlib.sha256("\n".join([*layers, settings(model)]).encode()).hexdigest(),
-        weights_sha256=weights_sha256(model, leave_out=(f"{CHILD}.",)),
+        architecture_sha256=hashlib.sha256(
+            "\n".join([*layers, settings(model)]).encode()
+        ).hexdigest(),
+        weights_sha256=weights_sha256(model),
         preprocessing={"mean": list(transform.image_mean), "std": list(transform.image_std)},
         precision="fp32",
         images_fingerprint=images.fingerprint,
@@ -400,8 +420,6 @@ def settings(model: nn.Module) -> str:
     known = vars(nn.Module())
     found = {}
     for name, module in model.named_modules():
-        if name.partition(".")[0] == CHILD:
-            continue
         for key, value in vars(module).items():
             if key not in known and isinstance(value, int | float | str | list | tuple | dict):
                 found[f"{name}.{key}"] = repr(value)

@@ -37,6 +37,7 @@ from featxfer_integrations._attach import (
     attached_at,
     gives_clusters,
     host_parameter,
+    run_host,
     take_feature,
 )
 from featxfer_integrations._replay import Rest
@@ -75,6 +76,8 @@ class BlockPlan:
 def block_width(model: nn.Module, plans: Sequence[BlockPlan], size: int) -> int:
     """Hidden channels of new blocks: as wide as `SHARE` of the model's arithmetic allows.
 
+    Of a detector it is the arithmetic of its backbone.
+
     Args:
         model: runs on images `(1, 3, size, size)`.
         plans: where the blocks go.
@@ -82,8 +85,9 @@ def block_width(model: nn.Module, plans: Sequence[BlockPlan], size: int) -> int:
     """
     like = host_parameter(model)
     image = torch.zeros(1, 3, size, size)
+    image = image if like is None else image.to(like.device, like.dtype)
     with frozen(model), FlopCounterMode(display=False) as counter:
-        model(image if like is None else image.to(like.device, like.dtype))
+        run_host(model, plans[0].place, image)
     allowed = SHARE * counter.get_total_flops() / 2
     with torch.device("meta"):
         for width in range(WIDEST, NARROWEST, -8):

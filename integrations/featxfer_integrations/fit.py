@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from featxfer import (
     OBJECTIVES,
     UNPAIRED,
     Backbone,
+    BaseDegradation,
     Card,
     Degradation,
     EpochLog,
@@ -29,6 +30,7 @@ from featxfer import (
     Images,
     Preprocessing,
     Recipe,
+    ScaledDegradation,
     diagnose,
     extract_features,
     fit_features_head,
@@ -53,7 +55,6 @@ from featxfer_integrations._attach import (
     gives_clusters,
     host_parameter,
     is_attached,
-    module_place,
     take_feature,
     transfers_of,
 )
@@ -68,6 +69,7 @@ from featxfer_integrations._fitting import (
 )
 from featxfer_integrations.attach import (
     backbone_sha256,
+    detector_host,
     find_place,
     host_of,
 )
@@ -87,13 +89,14 @@ from featxfer_integrations.deep import (
 )
 
 DEPTHS = ("auto", "pooled", "deep")
+D = TypeVar("D", bound=BaseDegradation)
 
 
 def fit_transfer(
     model: nn.Module,
     images: ImageSource,
     *,
-    degradation: Degradation | Sequence[Degradation] = Degradation(),  # noqa: B008 - frozen value
+    degradation: BaseDegradation | Sequence[BaseDegradation] | None = None,
     depth: str = "auto",
     where: str | None = None,
     at: str | Sequence[str] | None = None,
@@ -132,15 +135,24 @@ def fit_transfer(
     the same call is made again. How long it will take, and how much of the disk, is told on stderr
     before it begins.
 
+    Detectors: depth "deep" trains blocks in the backbone (or where `where` or `at` says) so that
+    the pyramid's maps of LR images, and the features of the detector's own proposals, are those of
+    the HR image; depth "pooled" heads at `where="boxes"`, on features of the same boxes, or of
+    positions of detectors without proposals, in both views, balanced by the classes that the
+    detector itself predicts. Where something is attached already, that is trained: blocks first,
+    then heads on what comes through them.
+
     Args:
         model: as `attach_transfer` takes it.
         images: a folder, an ImageFolder tree, a list of files or a map-style Dataset, see
             `featxfer.open_images`; 100 images at the least make sense, labels are not looked at.
-        degradation: how LR views are made; several are served by one head.
+        degradation: how LR views are made, by default `Degradation()`, of detectors
+            `ScaledDegradation()`; several are served by one head.
         depth: "pooled": a head alone; "deep": blocks, and the head that is attached; "auto": deep
             where the model has a stage of maps for it, nothing else was asked for, and the estimate
             of the training time is within `minutes`.
-        where: as in `attach_transfer`, for models that do not say where their feature is.
+        where: as in `attach_transfer`, for models that do not say where their feature is, and for
+            detectors.
         at: where blocks go, as in `attach_transfer`, one place or several from the first to the
             last; by default after the last stages of 1/16 and of 1/32 of the image's size, as far
             as timm or torchvision tell them. New blocks are as wide as 9% of the model's arithmetic
@@ -184,13 +196,49 @@ def fit_transfer(
     check_host(model)
     check_choice("depth", depth, DEPTHS)
     check_choice("precision", precision, ("auto", "fp32", "bf16"))
-    place = _place(model, where)
-    views = [degradation] if isinstance(degradation, Degradation) else list(degradation)
-    _check_settings(views, held_out, minutes)
+    check_choice("on_error", on_error, ("raise", "skip"))
+    _check_settings(held_out, minutes)
     if crops is not None:
         check_integer("crops", crops, at_least=0)
     counts = (clusters,) if isinstance(clusters, int | None) else tuple(clusters)
     _check_clusters(counts)
+    cache = Path(cache or default_cache())
+    if detector_host(model) is not None:
+        from featxfer_integrations.fit_detector import DetectorTask, fit_detector
+
+        check_choice("objective", objective, OBJECTIVES)
+        for name, value in (
+            ("lr_images", lr_images),
+            ("crops", crops),
+            ("preprocessing", preprocessing),
+        ):
+            if value is not None:
+                raise ValueError(f"{name}: got {value!r}, which is not for detectors")
+        if len(counts) > 1:
+            raise ValueError(f"clusters: got {counts}, wanted one number for a detector")
+        return fit_detector(
+            DetectorTask(
+                model=model,
+                images=open_images(images),
+                views=_views(degradation, ScaledDegradation),
+                depth=depth,
+                where=where,
+                at=at,
+                clusters=counts[0],
+                objective=objective,
+                warm_start=warm_start,
+                recipe=recipe,
+                block_recipe=block_recipe,
+                minutes=minutes,
+                held_out=held_out,
+                cache=cache,
+                precision=precision,
+                on_error=on_error,
+                seed=seed,
+            )
+        )
+    place = _place(model, where)
+    views = _views(degradation, Degradation)
     names = (objective, unpaired, None if lr_images is None else depth)
     _check_objective(*names, attached_at(model, place))
     plans = [] if lr_images is not None else plan_blocks(model, place, depth, where, at)
@@ -208,7 +256,7 @@ def fit_transfer(
         lr_images=None if lr_images is None else (open_images(lr_images), unpaired),
         held_out=held_out,
         seed=seed,
-        cache=Path(cache or default_cache()),
+        cache=cache,
         precision=precision,
         options={"batch_size": batch_size, "on_error": on_error},
     )
@@ -266,7 +314,7 @@ class _Task:
                 "images": fit.images,
                 "images_fingerprint": self.images.fingerprint,
                 "objective": self.objective,
-                **_where(self.model, self.place),
+                **self.place.described,
                 "seed": self.seed,
                 "diagnostics": [part.summary() for part in fit.diagnostics],
                 "held_out": [
@@ -571,21 +619,26 @@ def _place(model: nn.Module, where: str | None) -> Place:
     return place
 
 
-def _where(model: nn.Module, place: Place) -> dict[str, str]:
-    """What `where` was for a place that is not the model's own."""
-    if place.name == "pooled":
-        return {}
-    names = [n for n, _ in model.named_modules() if n and n.partition(".")[0] != CHILD]
-    found = (name for name in names if module_place(model, name).name == place.name)
-    return {"where": next(found)}
-
-
-def _check_settings(views: Sequence[Degradation], held_out: float, minutes: float) -> None:
-    if not views:
+def _views(
+    degradation: BaseDegradation | Sequence[BaseDegradation] | None, kind: type[D]
+) -> list[D]:
+    """Degradations of one kind and, where they have a size, of one size."""
+    if degradation is None:
+        return [kind()]
+    several = [degradation] if isinstance(degradation, BaseDegradation) else list(degradation)
+    if not several:
         raise ValueError("degradation: got none, wanted at least one")
-    sizes = {view.hr_size for view in views}
+    views = [view for view in several if isinstance(view, kind)]
+    if len(views) < len(several):
+        names = ", ".join(type(view).__name__ for view in several)
+        raise ValueError(f"degradation: got {names}, wanted {kind.__name__} for this model")
+    sizes = {view.hr_size for view in views if isinstance(view, Degradation)}
     if len(sizes) > 1:
         raise ValueError(f"degradation: got hr_size {sorted(sizes)}, wanted one for all")
+    return views
+
+
+def _check_settings(held_out: float, minutes: float) -> None:
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out: got {held_out!r}, wanted a share in [0, 1)")
     if not minutes > 0:

@@ -42,7 +42,7 @@ def places(model: nn.Module, where: str, branch: str) -> list[Place]:
         ValueError: another branch.
     """
     check_choice("branch", branch, BRANCHES)
-    if branch != "class" and not where.startswith("box"):
+    if branch != "class" and not where.startswith("boxes"):
         raise ValueError(f"branch: got {branch!r}, which is for heads at 'boxes', not {where!r}")
     if where == "boxes":
         return box_places(model, branch)
@@ -50,7 +50,7 @@ def places(model: nn.Module, where: str, branch: str) -> list[Place]:
         return [block_place(model, name) for name in deep_modules(model)]
     if where == "fpn":
         return level_places(model)
-    named = box_places(model, branch) if where.startswith("box") else []
+    named = box_places(model, branch) if where.startswith("boxes") else []
     named += level_places(model) if where.startswith("fpn") else []
     return [place for place in named if place.name == where]
 
@@ -64,10 +64,14 @@ def box_places(model: nn.Module, branch: str = "class") -> list[Place]:
     """
     if isinstance(model, GeneralizedRCNN):
         return [_roi_place(model, branch)]
-    towers = {"boxes": "classification_head", "box_regression": "regression_head"}
+    towers = {"boxes_class": "classification_head", "boxes_regression": "regression_head"}
     if branch == "class":
-        del towers["box_regression"]
-    return [place for name, tower in towers.items() for place in _dense_places(model, name, tower)]
+        del towers["boxes_regression"]
+    return [
+        dataclasses.replace(place, branch=branch)
+        for name, tower in towers.items()
+        for place in _dense_places(model, name, tower)
+    ]
 
 
 def _roi_place(model: nn.Module, branch: str) -> Place:
@@ -84,7 +88,7 @@ def _roi_place(model: nn.Module, branch: str) -> Place:
         return Place("boxes", scores.in_features, ("roi_heads.box_predictor.cls_score",))
     if "roi_heads.box_head" not in modules:
         raise no_place(model, "branch: no module roi_heads.box_head, which 'both' goes after")
-    return Place("boxes", scores.in_features, outputs=("roi_heads.box_head",))
+    return Place("boxes", scores.in_features, outputs=("roi_heads.box_head",), branch=branch)
 
 
 def _dense_places(model: nn.Module, name: str, tower: str) -> Iterator[Place]:

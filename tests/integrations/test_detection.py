@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -10,9 +9,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import detection
-from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from featxfer import FeatureTransferBlock, FeatureTransferHead
 from featxfer_integrations import (
@@ -63,32 +61,6 @@ def detect(model: nn.Module, images: list[Tensor] | None = None) -> Found:
 def same(some: Found, others: Found) -> bool:
     pairs = [(a[key], b[key]) for a, b in zip(some, others, strict=True) for key in a]
     return all(torch.equal(a, b) for a, b in pairs)
-
-
-class Pyramid(nn.Module):
-    """A backbone by hand: timm's stages and torchvision's pyramid."""
-
-    def __init__(self, name: str, channels: int = 16) -> None:
-        super().__init__()
-        self.stages: Any = timm.create_model(name, features_only=True, out_indices=(2, 3, 4))
-        self.neck = FeaturePyramidNetwork(self.stages.feature_info.channels(), channels)
-        self.out_channels = channels
-
-    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        maps = OrderedDict((str(i), part) for i, part in enumerate(self.stages(images)))
-        levels: OrderedDict[str, Tensor] = self.neck(maps)
-        return levels
-
-
-def by_hand() -> FasterRCNN:
-    torch.manual_seed(0)
-    return FasterRCNN(
-        Pyramid("tf_efficientnet_lite0"),
-        num_classes=4,
-        rpn_anchor_generator=AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3),
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2"], 7, 2),
-        **R_CNN,
-    ).eval()
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -188,8 +160,8 @@ def test_losses_in_training_reach_what_is_attached(name: str, where: str) -> Non
     assert any(bool(grad.any()) for grad in last if grad is not None)
 
 
-def test_a_detector_by_hand_around_timm() -> None:
-    model = by_hand()
+def test_a_detector_by_hand_around_timm(by_hand: Any) -> None:
+    model = by_hand("faster r-cnn", "tf_efficientnet_lite0")
     plain = detect(model)
     attach_transfer(model, where="backbone")
     assert set(transfers_of(model)) == {f"backbone_stages_blocks_{i}" for i in (2, 4, 6)}
@@ -207,7 +179,8 @@ def test_a_detector_by_hand_around_timm() -> None:
     plain = detect(dense)
     for where in ("boxes", "backbone", "fpn"):
         attach_transfer(dense, where=where)
-    assert set(transfers_of(dense)) == {"boxes", "fpn0", "backbone_3", "backbone_8", "backbone_12"}
+    blocks = {"fpn0", "backbone_3", "backbone_8", "backbone_12"}
+    assert set(transfers_of(dense)) == {"boxes_class", *blocks}
     assert same(detect(dense), plain)
 
 
@@ -246,27 +219,27 @@ def test_images_without_any_box_and_with_one(threshold: float) -> None:
             "head: got one for 3 places; name one by where=: fpn0, fpn1, fpn2",
         ),
         ({"head": FeatureTransferHead(7)}, ValueError, "7"),
-        ({"in_features": 7}, ValueError, "in_features: got 7, the model says 1024"),
+        ({"in_features": 7}, ValueError, "in_features: got 7, the model says 48"),
     ],
 )
 def test_bad_options_leave_the_detector_as_it_was(
-    options: dict[str, Any], error: type[Exception], message: str
+    by_hand: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    model = by_hand()
+    model = by_hand("faster r-cnn")
     with pytest.raises(error, match=message):
         attach_transfer(model, **options)
     assert not is_attached(model)
 
 
-def test_detectors_without_a_known_predictor_list_what_could_be_meant() -> None:
-    model = by_hand()
+def test_detectors_without_a_known_predictor_list_what_could_be_meant(by_hand: Any) -> None:
+    model = by_hand("faster r-cnn")
     heads: Any = model.roi_heads
-    heads.box_predictor = nn.Sequential(nn.Flatten(), nn.Linear(1024, 4))
+    heads.box_predictor = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
     with pytest.raises(AttachError, match=r"roi_heads.box_predictor.cls_score; .*box_head.fc7"):
         attach_transfer(model)
-    attach_transfer(model, where="roi_heads.box_head.fc7", in_features=1024)
+    attach_transfer(model, where="roi_heads.box_head.fc7", in_features=48)
     with pytest.raises(AttachError, match="attached at roi_heads_box_head_fc7 already"):
-        attach_transfer(model, where="roi_heads.box_head.fc7", in_features=1024)
+        attach_transfer(model, where="roi_heads.box_head.fc7", in_features=48)
     dense = build("retinanet_resnet50_fpn")
     dense.head.classification_head = nn.Identity()  # type: ignore[union-attr]
     with pytest.raises(AttachError, match=r"head.classification_head ends in no convolution"):

@@ -1,0 +1,344 @@
+"""fit_transfer for detectors: heads on boxes and blocks in the backbone, without labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featxfer import (
+    FEATURES_RECIPE,
+    BaseDegradation,
+    Card,
+    EpochLog,
+    FeatureTransferHead,
+    Images,
+    Recipe,
+    diagnose,
+    fit_features_head,
+    kmeans,
+)
+from featxfer.backbone import weights_sha256
+from featxfer.features import software_versions
+from featxfer.hub import TransferModule
+from featxfer.pseudo_labels import LabelDiagnostics
+from featxfer_integrations._attach import (
+    AttachError,
+    Place,
+    attached_at,
+    is_attached,
+    transfers_of,
+)
+from featxfer_integrations._fitting import (
+    HeldOutPairs,
+    TransferFit,
+    epochs,
+    put,
+    reports,
+    split,
+    tell,
+    warn_if_useless,
+)
+from featxfer_integrations.attach import backbone_sha256, find_places, host_of, maps_at
+from featxfer_integrations.boxes import MOST_ROWS, Sampler, fill_box_stores, settings
+from featxfer_integrations.deep import BlockPlan, bf16_is_fast, new_blocks
+from featxfer_integrations.detector_blocks import (
+    DETECTOR_RECIPE,
+    HR_SHARE,
+    Pyramid,
+    Views,
+    estimate_seconds,
+    train_detector_blocks,
+)
+
+
+@dataclass(frozen=True)
+class DetectorTask:
+    """What a fit of a detector is asked for, after all checks that need no image.
+
+    Args:
+        model: the detector.
+        images: unlabelled HR images.
+        views: degradations that keep an image's size.
+        depth: as of `fit_transfer`.
+        where: as of `attach_transfer`, or None.
+        at: as of `fit_transfer`.
+        clusters: k, or None.
+        objective: a name of `featxfer.OBJECTIVES`.
+        warm_start: of heads, as of `fit_transfer`.
+        recipe: of heads.
+        block_recipe: of blocks.
+        minutes: of depth "auto": the longest that blocks may train.
+        held_out: share of the images.
+        cache: folder.
+        precision: as of `fit_transfer`.
+        on_error: as of `fit_transfer`.
+        seed: as of `fit_transfer`.
+    """
+
+    model: nn.Module
+    images: Images
+    views: Sequence[BaseDegradation]
+    depth: str
+    where: str | None
+    at: str | Sequence[str] | None
+    clusters: int | None
+    objective: str
+    warm_start: bool
+    recipe: Recipe | None
+    block_recipe: Recipe | None
+    minutes: float
+    held_out: float
+    cache: Path
+    precision: str
+    on_error: str
+    seed: int
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Indices of the images to train on, and of those held out."""
+        return split(len(self.images), self.held_out, self.seed)
+
+
+def fit_detector(task: DetectorTask) -> TransferFit:
+    """Trains blocks, or heads, or what is attached, and leaves it attached; see `fit_transfer`."""
+    places = _places(task)
+    plans = [_plan(task.model, place) for place in places if place.block]
+    heads = [place for place in places if not place.block]
+    precision = task.precision
+    if precision == "auto":
+        device = next(task.model.parameters()).device
+        precision = "bf16" if bf16_is_fast(device) else "fp32"
+    pyramid = Pyramid(task.model, precision)
+    fits = []
+    if plans:
+        fitted = _fit_blocks(task, pyramid, plans, may_give_up=not _is_chosen(task))
+        if fitted is None:
+            heads, pyramid = find_places(task.model, where="boxes"), Pyramid(task.model, precision)
+        else:
+            fits.append(fitted)
+    if heads:
+        fits.append(_fit_heads(task, pyramid.host, heads, fits[0].fit.depth if fits else "pooled"))
+    for fitted in fits:
+        for module, place in fitted.modules:
+            put(task.model, place, module)
+    fit = TransferFit(
+        [entry for fitted in fits for entry in fitted.fit.log],
+        [part for fitted in fits for part in fitted.fit.diagnostics],
+        [part for fitted in fits for part in fitted.fit.held_out],
+        fits[0].fit.images,
+        fits[-1].fit.skipped,
+        fits[0].fit.depth,
+        fits[0].fit.blocks_log,
+    )
+    warn_if_useless(fit)
+    return fit
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A report, and what goes where."""
+
+    fit: TransferFit
+    modules: list[tuple[TransferModule, Place]]
+
+
+def _is_chosen(task: DetectorTask) -> bool:
+    """Whether the caller says what to train."""
+    asked = task.where is not None or task.at is not None or is_attached(task.model)
+    return asked or task.depth != "auto"
+
+
+def _places(task: DetectorTask) -> list[Place]:
+    """Places to train at: those named, or all that are attached, or those of the depth."""
+    model = task.model
+    if task.at is not None:
+        names = [task.at] if isinstance(task.at, str) else list(task.at)
+        places = [place for name in names for place in find_places(model, at=name)]
+    elif task.where is not None:
+        places = find_places(model, where=task.where)
+    elif is_attached(model):
+        places = list(transfers_of(model).places.values())
+    else:
+        places = find_places(model, where="boxes" if task.depth == "pooled" else "backbone")
+    blocks = [place.name for place in places if place.block]
+    if task.depth == "pooled" and blocks:
+        raise ValueError(f"depth: got 'pooled', but blocks go to {', '.join(blocks)}")
+    if task.depth == "deep" and not blocks:
+        raise ValueError(f"depth: got 'deep', but a head goes to {places[0].name!r}")
+    known = {place.name for place in places}
+    attached = list(transfers_of(model)) if is_attached(model) else []
+    others = [name for name in attached if name not in known]
+    if others:
+        raise AttachError(
+            f"model: something is attached at {', '.join(others)}, and what is trained now would "
+            "be trained without it; detach_transfer first"
+        )
+    return [_with_width(model, place) for place in places]
+
+
+def _with_width(model: nn.Module, place: Place) -> Place:
+    """A place of a head that says how wide the feature there is."""
+    attached = attached_at(model, place)
+    if place.block or place.width is not None:
+        return place
+    if not isinstance(attached, FeatureTransferHead):
+        raise AttachError(
+            f"where: the width at {place.name!r} is not known; attach a head first: "
+            f"attach_transfer(model, where={place.module!r}, in_features=...)"
+        )
+    return dataclasses.replace(place, width=attached.in_features)
+
+
+def _plan(model: nn.Module, place: Place) -> BlockPlan:
+    return BlockPlan(place.name, place, *maps_at(model, place))
+
+
+def _fit_blocks(
+    task: DetectorTask, pyramid: Pyramid, plans: Sequence[BlockPlan], *, may_give_up: bool
+) -> _Fitted | None:
+    """Blocks; None where they would train longer than they may. Leaves them in the pyramid."""
+    model, recipe = task.model, task.block_recipe or DETECTOR_RECIPE
+    blocks = new_blocks(model, plans, task.seed)
+    for plan in plans:
+        pyramid.attach(plan.place, blocks[plan.module])
+    train, test = task.split()
+    rows = Views(pyramid, task.images, task.views, train, hr_share=HR_SHARE, seed=task.seed)
+    seconds = estimate_seconds(rows, recipe)
+    if may_give_up and seconds > 60 * task.minutes:
+        tell(
+            f"heads alone: blocks would train for about {seconds / 60:.0f} minutes, "
+            f"over minutes={task.minutes:g}"
+        )
+        return None
+    tell(f"training blocks takes about {seconds / 60:.1f} minutes")
+    key = [
+        weights_sha256(pyramid.host),
+        settings(pyramid.host),
+        task.images.fingerprint,
+        [view.to_json() for view in task.views],
+        [[plan.place.name, blocks[plan.module].config] for plan in plans],
+        recipe.to_dict(),
+        [task.seed, task.held_out, task.objective, task.clusters, pyramid.precision],
+        software_versions(),
+    ]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    with epochs(recipe, "training blocks") as advance:
+        log, held_out = train_detector_blocks(
+            pyramid,
+            blocks,
+            [plan.place for plan in plans],
+            task.images,
+            task.views,
+            train,
+            test,
+            objective=task.objective,
+            clusters=task.clusters or 100,
+            seed=task.seed,
+            recipe=recipe,
+            checkpoint=task.cache / "training" / f"{name}.safetensors",
+            callback=advance,
+        )
+    fit = TransferFit([], [], held_out, len(train), {}, "deep", log)
+    for plan in plans:
+        blocks[plan.module].card = _card(
+            task, plan.place, fit, log, recipe, precision=pyramid.precision
+        )
+    return _Fitted(fit, [(blocks[plan.module], plan.place) for plan in plans])
+
+
+def _fit_heads(task: DetectorTask, host: nn.Module, places: Sequence[Place], depth: str) -> _Fitted:
+    """Heads on boxes or positions, as the host with the blocks that are in it has them."""
+    recipe = task.recipe or FEATURES_RECIPE
+    sampler = Sampler(host, places, seed=task.seed)
+    folder = task.cache / "boxes"
+    stores = fill_box_stores(sampler, task.images, task.views, folder, on_error=task.on_error)
+    log: list[EpochLog] = []
+    diagnostics: list[LabelDiagnostics] = []
+    held_out: list[HeldOutPairs] = []
+    modules: list[tuple[TransferModule, Place]] = []
+    for place in places:
+        kept = stores[place.name]
+        stored = kept.labels.open_rows()
+        train, test = split(len(stored.ids), task.held_out, task.seed)
+        views, labels = kept.read(train, MOST_ROWS, task.seed)
+        if not len(labels):
+            raise ValueError(
+                f"images: the detector finds no box at {place.name!r} in any of {len(train)} images"
+            )
+        hr, given = views[0], views[1:]
+        k = task.clusters or min(100, max(1, len(hr) // 10))
+        clustering = kmeans(F.normalize(hr, dim=1), k, seed=task.seed)
+        attached = attached_at(task.model, place)
+        config = {} if attached is None else attached.config
+        sizes = {"in_features": hr.shape[1], "clusters": k}
+        head = FeatureTransferHead(**{**config, **sizes}, seed=task.seed)
+        with epochs(recipe, f"training the head of {place.name}") as advance:
+            of_head = fit_features_head(
+                head,
+                hr,
+                given,
+                clustering,
+                objective=task.objective,
+                warm_start=task.warm_start,
+                recipe=recipe,
+                seed=task.seed,
+                callback=advance,
+            )
+        log += of_head
+        lr = given[: len(task.views)]
+        diagnostics += [diagnose(hr, rows, clustering.centroids) for rows in lr]
+        found: list[HeldOutPairs] = []
+        if len(test):
+            judged, _ = kept.read(test, MOST_ROWS // 16, task.seed)
+            low = judged[1 : 1 + len(task.views)]
+            hr_again = judged[-1] if depth == "deep" else judged[0]
+            through = [head.transfer(rows) for rows in (*low, hr_again)]
+            found = reports(judged[0], low, through, clustering)
+        held_out += found
+        fit = TransferFit(of_head, diagnostics, found, len(train), dict(stored.skipped), depth)
+        head.card = _card(task, place, fit, of_head, recipe, boxes=len(hr), precision="fp32")
+        modules.append((head, place))
+    fit = TransferFit(log, diagnostics, held_out, fit.images, fit.skipped, depth)
+    return _Fitted(fit, modules)
+
+
+def _card(
+    task: DetectorTask,
+    place: Place,
+    fit: TransferFit,
+    log: Sequence[EpochLog],
+    recipe: Recipe,
+    **details: Any,
+) -> Card:
+    host = host_of(task.model)
+    assert host is not None
+    return Card(
+        host.model_name(task.model),
+        backbone_sha256(task.model, place),
+        tuple(task.views),
+        {
+            "host": type(task.model).__module__.partition(".")[0],
+            "preprocessing": dataclasses.asdict(host.preprocessing(task.model)),
+            "depth": fit.depth,
+            "images": fit.images,
+            "images_fingerprint": task.images.fingerprint,
+            "objective": task.objective,
+            **place.described,
+            "seed": task.seed,
+            "recipe": recipe.to_dict(),
+            "held_out": [
+                {**dataclasses.asdict(part), "cosine_gap_recovered": part.cosine_gap_recovered}
+                for part in fit.held_out
+            ],
+            "final_loss": log[-1].loss,
+            "versions": software_versions(),
+            **details,
+        },
+    )

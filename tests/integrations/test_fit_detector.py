@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from featxfer import (
+    Degradation,
+    FeatureTransferBlock,
+    FeatureTransferHead,
+    ImageError,
+    Recipe,
+    ScaledDegradation,
+    open_images,
+)
+from featxfer_integrations import (
+    AttachError,
+    TransferFit,
+    attach_transfer,
+    detach_transfer,
+    fit_transfer,
+    load_transfers,
+    save_transfers,
+    transfer_disabled,
+    transfers_of,
+)
+from featxfer_integrations._attach import is_attached
+from featxfer_integrations.attach import find_places
+from featxfer_integrations.boxes import NOTHING, Sampler, balanced, fill_box_stores
+
+QUICK = Recipe(epochs=20, learning_rate=1e-3, optimizer="adamw", schedule="one-cycle")
+BLOCKS = Recipe(epochs=4, batch_size=4, learning_rate=2e-3, optimizer="adamw", schedule="one-cycle")
+LR = ScaledDegradation(3)
+HEADS = {"FasterRCNN": "boxes", "RetinaNet": "boxes_class"}
+
+
+def fit(model: nn.Module, images: Any, cache: Path, **options: Any) -> TransferFit:
+    arguments = {
+        "degradation": LR,
+        "recipe": QUICK,
+        "block_recipe": BLOCKS,
+        "cache": cache,
+        "held_out": 0.25,
+        "precision": "fp32",
+        **options,
+    }
+    return fit_transfer(model, images, **arguments)
+
+
+@torch.no_grad()
+def detect(model: nn.Module, folder: Path) -> list[dict[str, Tensor]]:
+    images = open_images(folder)
+    found: list[dict[str, Tensor]] = model([LR.lr(images.read(row)) / 255 for row in range(3)])
+    return found
+
+
+def same(some: list[dict[str, Tensor]], others: list[dict[str, Tensor]]) -> bool:
+    pairs = [(a[key], b[key]) for a, b in zip(some, others, strict=True) for key in a]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help")
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"depth": "pooled"}, {"heads"}),
+        ({"depth": "deep"}, {f"backbone_stages_layer{i}" for i in (2, 3, 4)}),
+        ({"where": "fpn"}, {"fpn0", "fpn1", "fpn2"}),
+        ({"at": "stage2"}, {"backbone_stages_layer2"}),
+    ],
+)
+def test_what_is_trained_is_attached_and_nothing_else_changes(
+    detector: nn.Module, discs: Path, tmp_path: Path, options: dict[str, Any], names: set[str]
+) -> None:
+    before, plain = copy.deepcopy(detector.state_dict()), detect(detector, discs)
+    other = copy.deepcopy(detector)
+    fitted = fit(detector, discs, tmp_path / "cache", **options)
+    transfers = transfers_of(detector)
+    assert set(transfers) == ({HEADS[type(detector).__name__]} if names == {"heads"} else names)
+    deep = options != {"depth": "pooled"}
+    assert fitted.depth == ("deep" if deep else "pooled")
+    assert len(fitted.blocks_log) == (4 if deep else 0)
+    log = fitted.blocks_log if deep else fitted.log
+    assert log[-1].loss < log[0].loss
+    (pairs,) = fitted.held_out
+    assert pairs.after.cosine > pairs.before.cosine - (0 if deep else 0.1)
+    assert not same(detect(detector, discs), plain)
+    with transfer_disabled(detector):
+        assert same(detect(detector, discs), plain)
+    saved = save_transfers(detector, tmp_path / "saved")
+    load_transfers(other, saved, degradation=LR)
+    assert same(detect(other, discs), detect(detector, discs))
+    for module in transfers.values():
+        card: Any = module.card
+        assert card.degradations == (LR,)
+        assert card.details["images"] == 12
+    detach_transfer(detector)
+    assert all(torch.equal(value, before[name]) for name, value in detector.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:blocks do not help")
+def test_blocks_first_and_heads_on_what_comes_through_them(
+    detector: nn.Module, discs: Path, tmp_path: Path
+) -> None:
+    attach_transfer(detector, at="stage3", hidden_features=12)
+    attach_transfer(detector, branch="both", hidden_features=20)
+    modules = dict(transfers_of(detector).items())
+    fitted = fit(detector, discs, tmp_path, degradation=[LR, ScaledDegradation(2)])
+    heads = [module for module in modules.values() if isinstance(module, FeatureTransferHead)]
+    assert dict(transfers_of(detector).items()) == modules
+    assert {head.fc1.out_features for head in heads} == {20}
+    assert fitted.depth == "deep"
+    assert len(fitted.log) == 20 * len(heads)
+    assert len(fitted.held_out) == 2 + 2 * len(heads)
+    assert all(bool(head.fc2.weight.any()) for head in heads)
+    branches = {head.card.details["branch"] for head in heads if head.card}
+    assert branches == {"both"}
+    saved = save_transfers(detector, tmp_path / "saved")
+    other = copy.deepcopy(detect(detector, discs))
+    detach_transfer(detector)
+    assert same(detect(load_transfers(detector, saved), discs), other)
+
+
+def test_features_of_boxes_are_those_that_the_predictor_gets(
+    detector: nn.Module, discs: Path, tmp_path: Path
+) -> None:
+    """The store's rows again, through the whole detector, at what it says of the LR image."""
+    images = open_images(discs)
+    places = find_places(detector, where="boxes")
+    kept = fill_box_stores(Sampler(detector, places, seed=0), images, [LR], tmp_path)
+    stores = kept[places[0].name]
+    views, labels = stores.read(torch.arange(len(images)), 10_000, 0)
+    assert [part.shape for part in views] == [views[0].shape] * 2
+    assert len(labels) == len(views[0]) <= 32 * len(images)
+    assert not torch.equal(views[0], views[1])
+    seen: list[Tensor] = []
+    layer = detector.get_submodule(places[0].inputs[0])
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for view, rows in ((images.read(0), views[0]), (LR.lr(images.read(0)), views[1])):
+        seen.clear()
+        with torch.no_grad():
+            detector([view / 255])
+        given = torch.cat([part if part.ndim == 2 else part[0].flatten(1).T for part in seen])
+        nearest = torch.cdist(rows[:8], given).min(1).values / rows[:8].norm(dim=1)
+        assert float(nearest.max()) < (2e-3 if rows is views[0] else 1.0)
+    handle.remove()
+
+
+def test_boxes_are_balanced_by_label() -> None:
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.2, 0.3, 0.1])
+    assert balanced(labels, scores, 4).tolist() == [0, 5, 6, 1]
+    assert balanced(labels, scores, 99).tolist() == [0, 5, 6, 1, 4, 2, 3]
+    assert balanced(labels[:0], scores[:0], 4).tolist() == []
+
+
+def test_rare_labels_are_taken_whole(detector: nn.Module, discs: Path, tmp_path: Path) -> None:
+    images = open_images(discs)
+    (place,) = find_places(detector, where="boxes")
+    sampler = Sampler(detector, [place], seed=0)
+    stores = fill_box_stores(sampler, images, [LR], tmp_path)[place.name]
+    _, labels = stores.read(torch.arange(len(images)), 10_000, 0)
+    counts = labels.bincount(minlength=4)
+    most = min(len(labels) // 2, int(2 * counts[counts > 0].min()))
+    _, few = stores.read(torch.arange(len(images)), most, 0)
+    assert len(few) == most
+    kept = few.bincount(minlength=4)
+    rarest = int(torch.where(counts > 0, counts, 10_000).argmin())
+    share = most // int((counts > 0).sum())
+    assert int(kept[rarest]) >= min(int(counts[rarest]), share)
+    stored = stores.labels.read().features
+    assert int((stored != NOTHING).sum()) == len(labels)
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
+def test_interrupted_work_goes_on_to_the_same_result(
+    detector: nn.Module, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import featxfer.trainer as trainer
+    import featxfer_integrations.boxes as boxes
+
+    monkeypatch.setattr(boxes, "PART_ROWS", 4)
+    whole, other = copy.deepcopy(detector), detector
+    for model in (whole, other):
+        attach_transfer(model, at="stage3", hidden_features=12)
+        attach_transfer(model, hidden_features=20)
+    fit(whole, discs, tmp_path / "one")
+    plain = copy.deepcopy(other.state_dict())
+    epoch, call = trainer.PseudoLabelTrainer._epoch, boxes.Sampler.__call__
+
+    def stopped_epoch(self: Any, progress: Any, *args: Any) -> None:
+        if len(progress.log) == 2:
+            raise KeyboardInterrupt
+        epoch(self, progress, *args)
+
+    def stopped_call(self: Any, views: Any, index: int) -> Any:
+        if index == 9:
+            raise KeyboardInterrupt
+        return call(self, views, index)
+
+    for owner, name, stop, old in (
+        (trainer.PseudoLabelTrainer, "_epoch", stopped_epoch, epoch),
+        (boxes.Sampler, "__call__", stopped_call, call),
+    ):
+        monkeypatch.setattr(owner, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(other, discs, tmp_path / "two")
+        assert all(torch.equal(v, plain[n]) for n, v in other.state_dict().items())
+        monkeypatch.setattr(owner, name, old)
+    fit(other, discs, tmp_path / "two")
+    for first, second in zip(whole.parameters(), other.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
+def test_auto_trains_heads_where_blocks_would_take_too_long(
+    detector: nn.Module, discs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fitted = fit(detector, discs, tmp_path, minutes=1e-9)
+    assert fitted.depth == "pooled"
+    assert set(transfers_of(detector)) == {HEADS[type(detector).__name__]}
+    assert "heads alone: blocks would train for about" in capsys.readouterr().err
+    detach_transfer(detector)
+    short = Recipe(epochs=1, batch_size=4, learning_rate=1e-3, optimizer="adamw", steps=())
+    assert fit(detector, discs, tmp_path, block_recipe=short).depth == "deep"
+    assert "training blocks takes about" in capsys.readouterr().err
+
+
+def grey(folder: Path) -> None:
+    Image.new("L", (70, 60), 99).save(folder / "grey.png")
+    Image.new("I;16", (40, 90), 30_000).save(folder / "sixteen.png")
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help")
+def test_images_without_proposals_of_other_kinds_and_broken_ones(
+    detector: nn.Module, discs: Path, tmp_path: Path
+) -> None:
+    """Grey and 16-bit images count as others; one that is no image is skipped, or an error."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in list(discs.iterdir())[:6]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    grey(folder)
+    (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match="broken"):
+        fit(detector, folder, tmp_path / "cache", depth="pooled")
+    assert not is_attached(detector)
+    fitted = fit(detector, folder, tmp_path / "cache", depth="pooled", on_error="skip")
+    assert list(fitted.skipped) == ["broken.png"]
+    detach_transfer(detector)
+    with pytest.raises(ImageError, match="broken"):
+        fit(detector, folder, tmp_path / "cache", depth="deep")
+    assert not is_attached(detector)
+    rpn = getattr(detector, "rpn", None)
+    if rpn is not None:
+        rpn.score_thresh = 2.0
+        message = "images: the detector finds no box at 'boxes' in any of"
+        with pytest.raises(ValueError, match=message):
+            fit(detector, discs, tmp_path / "cache", depth="pooled")
+        assert not is_attached(detector)
+        fitted = fit(detector, discs, tmp_path / "cache", where="fpn")
+        assert (fitted.held_out, len(fitted.blocks_log)) == ([], 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"degradation": Degradation()},
+            ValueError,
+            "degradation: got Degradation, wanted ScaledDegradation",
+        ),
+        ({"degradation": []}, ValueError, "degradation: got none"),
+        ({"lr_images": "x"}, ValueError, "lr_images: got 'x', which is not for detectors"),
+        ({"crops": 2}, ValueError, "crops: got 2, which is not for detectors"),
+        ({"clusters": [3, 4]}, ValueError, r"clusters: got \(3, 4\), wanted one number"),
+        ({"clusters": 0}, ValueError, "clusters: got 0"),
+        ({"objective": "gan"}, ValueError, "objective: got 'gan'"),
+        ({"on_error": "ignore"}, ValueError, "on_error: got 'ignore'"),
+        ({"where": "fpn", "depth": "pooled"}, ValueError, "depth: got 'pooled', but blocks go to"),
+        ({"where": "boxes", "depth": "deep"}, ValueError, "depth: got 'deep', but a head goes to"),
+        ({"where": "nowhere"}, AttachError, "no module 'nowhere'"),
+        ({"where": "backbone.neck"}, AttachError, "where: the width at 'backbone_neck' is not"),
+    ],
+)
+def test_bad_options_leave_the_detector_as_it_was(
+    detector: nn.Module,
+    discs: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        fit(detector, discs, tmp_path, **options)
+    assert not is_attached(detector)
+
+
+def test_an_empty_folder_and_what_is_attached_elsewhere(
+    detector: nn.Module, discs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((ImageError, ValueError, FileNotFoundError), match="empty"):
+        fit(detector, tmp_path / "empty", tmp_path)
+    attach_transfer(detector, where="fpn0")
+    block = transfers_of(detector)["fpn0"]
+    assert isinstance(block, FeatureTransferBlock)
+    with pytest.raises(AttachError, match="something is attached at fpn0, and what is trained now"):
+        fit(detector, discs, tmp_path, where="boxes")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(ValueError, match="degradation: got ScaledDegradation, wanted Degradation"):
+        fit_transfer(model, discs, where="1", degradation=LR)

@@ -1,10 +1,12 @@
-"""A devkit in PASCAL VOC layout: its classes, splits, image-level labels and images."""
+"""A devkit in PASCAL VOC layout: its classes, splits, labels of images and boxes, and images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,27 @@ from featxfer.images import SUFFIXES, Images, from_files
 
 Labels = npt.NDArray[np.int8]
 """`(n, classes)`: 1 the class is there, -1 it is not, 0 only difficult instances of it are."""
+
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
+
+@dataclass(frozen=True)
+class ObjectBoxes:
+    """The objects of one image.
+
+    Args:
+        boxes: float32 `(n, 4)`: left, top, right, bottom in pixels, from 0, of positive area.
+        labels: int64 `(n,)`, indices of `VOCDevkit.classes`.
+        difficult: bool `(n,)`.
+        without_area: how many objects were left out since their box has no area.
+    """
+
+    boxes: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    difficult: npt.NDArray[np.bool_]
+    without_area: int = 0
 
 
 class DevkitError(ValueError):
@@ -83,6 +106,18 @@ class VOCDevkit:
                 raise DevkitError(f"class {name!r} has no positive image in {split!r} ({path})")
         return labels
 
+    def boxes(self, split: str) -> list[ObjectBoxes]:
+        """The objects of each image of a split, of the XML annotations, in the order of `ids`.
+
+        VOC counts pixels from 1 and both corners belong to the box, so left and top lose 1. Boxes
+        that leave the image are as they are. Raises `DevkitError` for an annotation that cannot be
+        read, a corner that is no number, a class that is not among `classes`.
+        """
+        return [
+            _read_boxes(self.root / "Annotations" / f"{name}.xml", self.classes)
+            for name in self.ids(split)
+        ]
+
     def images(self, split: str) -> Images:
         """The images of a split, in the order of `ids`; `FileNotFoundError` names a missing one."""
         ids = self.ids(split)
@@ -139,8 +174,8 @@ def _read_class_file(path: Path, ids: Sequence[str]) -> list[int]:
     return [found[name] for name in ids]
 
 
-def _read_objects(path: Path) -> list[tuple[str, bool]]:
-    """Name and difficult flag of each object in one annotation; `DevkitError` for bad XML."""
+def _parse(path: Path) -> list[Element]:
+    """The objects of one annotation; `DevkitError` for bad XML."""
     from xml.etree.ElementTree import ParseError
 
     import defusedxml
@@ -150,7 +185,44 @@ def _read_objects(path: Path) -> list[tuple[str, bool]]:
         tree = defusedxml.ElementTree.parse(path)
     except (OSError, ParseError, defusedxml.DefusedXmlException) as error:
         raise DevkitError(f"annotation {path} cannot be read: {error}") from error
-    return [
-        (element.findtext("name", ""), element.findtext("difficult", "0") == "1")
-        for element in tree.iterfind("object")
-    ]
+    return list(tree.iterfind("object"))
+
+
+def _read_objects(path: Path) -> list[tuple[str, bool]]:
+    """Name and difficult flag of each object in one annotation."""
+    return [(element.findtext("name", ""), _is_difficult(element)) for element in _parse(path)]
+
+
+def _is_difficult(element: Element) -> bool:
+    return element.findtext("difficult", "0") == "1"
+
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def _read_boxes(path: Path, classes: Sequence[str]) -> ObjectBoxes:
+    boxes, labels, difficult, without_area = [], [], [], 0
+    for element in _parse(path):
+        name = element.findtext("name", "")
+        if name not in classes:
+            raise DevkitError(f"annotation {path}: got class {name!r}, known are {classes}")
+        texts = [
+            element.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")
+        ]
+        try:
+            left, top, right, bottom = (float(text) for text in texts)
+        except ValueError as error:
+            raise DevkitError(f"annotation {path}: got corners {texts}, wanted numbers") from error
+        box = (left - 1, top - 1, right, bottom)
+        if not (box[2] > box[0] + 1 and box[3] > box[1] + 1):
+            without_area += 1
+            continue
+        boxes.append(box)
+        labels.append(classes.index(name))
+        difficult.append(_is_difficult(element))
+    return ObjectBoxes(
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        np.array(labels, dtype=np.int64),
+        np.array(difficult, dtype=np.bool_),
+        without_area,
+    )

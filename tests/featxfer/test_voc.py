@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,3 +121,41 @@ def test_names_in_a_split_are_not_used_as_paths_outside(devkit: Path) -> None:
     (devkit / "ImageSets" / "Main" / "test.txt").write_text("../../../../etc/passwd\n")
     with pytest.raises(DevkitError, match="wanted an image name"):
         VOCDevkit(devkit).ids("test")
+
+
+def write_boxes(root: Path, image: str, objects: list[tuple[str, int, list[Any]]]) -> None:
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    body = "".join(
+        f"<object><name>{name}</name><difficult>{hard}</difficult><bndbox>"
+        + "".join(f"<{side}>{value}</{side}>" for side, value in zip(sides, box, strict=True))
+        + "</bndbox></object>"
+        for name, hard, box in objects
+    )
+    (root / "Annotations" / f"{image}.xml").write_text(f"<annotation>{body}</annotation>")
+
+
+def test_boxes_count_from_zero_and_those_without_area_are_left_out(devkit: Path) -> None:
+    write_boxes(devkit, "1", [("dog", 0, [1, 1, 4, 3]), ("cat", 1, [2.5, 1, 900, 3])])
+    write_boxes(devkit, "2", [])
+    write_boxes(devkit, "3", [("cat", 0, [2, 2, 2, 9]), ("cat", 0, [3, 9, 2, 9])])
+    third, first, second = VOCDevkit(devkit).boxes("test")
+    assert first.boxes.tolist() == [[0, 0, 4, 3], [1.5, 0, 900, 3]]
+    assert first.labels.tolist() == [1, 0]
+    assert first.difficult.tolist() == [False, True]
+    assert (second.boxes.shape, second.without_area) == ((0, 4), 0)
+    assert (third.boxes.shape, third.without_area) == ((0, 4), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "box", "message"),
+    [
+        ("dog", ["left", 1, 2, 3], r"1\.xml: got corners \['left', '1', '2', '3'\]"),
+        ("bird", [1, 1, 2, 3], r"1\.xml: got class 'bird', known are \('cat', 'dog'\)"),
+    ],
+)
+def test_boxes_that_cannot_be_read(devkit: Path, name: str, box: list[Any], message: str) -> None:
+    for image in ("2", "3"):
+        write_boxes(devkit, image, [])
+    write_boxes(devkit, "1", [(name, 0, box)])
+    with pytest.raises(DevkitError, match=message):
+        VOCDevkit(devkit).boxes("test")

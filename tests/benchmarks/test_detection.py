@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from benchmarks.detection.detectors import KINDS, build, trained
+from benchmarks.detection.judge import COLUMNS, Detections, Judge, overlaps
+from featxfer import Recipe, open_images
+from featxfer.voc import ObjectBoxes
+
+
+def objects(boxes: list[list[float]], labels: list[int], hard: list[bool]) -> ObjectBoxes:
+    return ObjectBoxes(
+        np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(labels), np.array(hard, bool)
+    )
+
+
+def found(boxes: list[list[float]], scores: list[float], labels: list[int]) -> Detections:
+    return Detections(
+        np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        np.array(scores, dtype=np.float64),
+        np.array(labels, dtype=np.int64),
+    )
+
+
+KNOWN = [
+    objects([[0, 0, 50, 50], [60, 60, 90, 90]], [0, 1], [False, False]),
+    objects([[10, 10, 200, 200]], [0], [False]),
+    objects([], [], []),
+]
+PERFECT = [
+    found([[0, 0, 50, 50], [60, 60, 90, 90]], [0.9, 0.8], [0, 1]),
+    found([[10, 10, 200, 200]], [0.7], [0]),
+    found([], [], []),
+]
+
+
+def test_perfect_detections_are_perfect_at_every_size() -> None:
+    judge = Judge(KNOWN, ("cat", "dog"))
+    figures = judge.evaluate(PERFECT).figures()
+    assert tuple(figures) == COLUMNS
+    assert all(value == pytest.approx(100) for value in figures.values())
+    assert judge.voc_ap50(PERFECT) == pytest.approx(100)
+
+
+def test_no_detection_is_nothing() -> None:
+    judge = Judge(KNOWN, ("cat", "dog"))
+    nothing = [found([], [], [])] * 3
+    assert judge.evaluate(nothing).figures()["AP"] == 0
+    assert judge.voc_ap50(nothing) == 0
+
+
+def test_voc_counts_doubles_as_wrong_and_difficult_objects_not_at_all() -> None:
+    known = [objects([[0, 0, 10, 10], [20, 20, 30, 30]], [0, 0], [False, True])]
+    judge = Judge(known, ("cat",))
+    double = [found([[0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30]], [0.9, 0.8, 0.7], [0] * 3)]
+    assert judge.voc_ap50(double) == pytest.approx(100)
+    late = [found([[50, 50, 60, 60], [0, 0, 10, 10]], [0.9, 0.8], [0, 0])]
+    assert judge.voc_ap50(late) == pytest.approx(50)
+
+
+def test_figures_over_resampled_images() -> None:
+    """An image that is missed counts as often as it is drawn."""
+    judge = Judge(KNOWN, ("cat", "dog"))
+    missed = [PERFECT[0], found([], [], []), PERFECT[2]]
+    evaluated = judge.evaluate(missed)
+    whole = evaluated.figures()
+    only_first = evaluated.figures(np.array([0, 0, 2]))
+    assert only_first["AP50"] == pytest.approx(100)
+    assert evaluated.figures(np.array([1, 1, 1]))["AP50"] == 0
+    assert 0 < whole["AP50"] < 100
+    assert evaluated.figures() == whole
+    rows = np.array([0, 1, 2])
+    assert evaluated.figures(rows) == whole
+
+
+def test_overlap_and_json() -> None:
+    box = np.array([0.0, 0.0, 10.0, 10.0])
+    boxes = np.array([[0, 0, 10, 10], [5, 0, 15, 10], [20, 20, 30, 30]], dtype=np.float64)
+    assert overlaps(box, boxes).tolist() == pytest.approx([1, 1 / 3, 0])
+    back = Detections.from_lists(PERFECT[0].to_lists())
+    assert np.array_equal(back.boxes, PERFECT[0].boxes)
+    assert np.array_equal(back.labels, PERFECT[0].labels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_goes_on_to_the_same_detector(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    known = []
+    for index in range(4):
+        pixels = rng.integers(0, 80, (60, 80, 3), dtype=np.uint8)
+        left, top = int(rng.integers(5, 40)), int(rng.integers(5, 30))
+        pixels[top : top + 20, left : left + 24] += 120
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        known.append(objects([[left, top, left + 24, top + 20]], [0], [False]))
+    images = open_images(folder)
+    monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
+    recipe = Recipe(epochs=2, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
+
+    def train(cache: str, callback: Any = None) -> nn.Module:
+        folder = tmp_path / cache
+        return trained(
+            kind,
+            images,
+            known,
+            ("box",),
+            folder,
+            weights="random",
+            recipe=recipe,
+            callback=callback,
+        )
+
+    def stop(entry: Any) -> None:
+        raise KeyboardInterrupt
+
+    losses: list[float] = []
+    whole = train("one", lambda entry: losses.append(entry.loss)).state_dict()
+    assert len(losses) == 2
+    with pytest.raises(KeyboardInterrupt):
+        train("two", stop)
+    detectors = tmp_path / "two" / "detectors"
+    assert list(detectors.glob("*.checkpoint"))
+    again = train("two").state_dict()
+    assert not list(detectors.glob("*.checkpoint"))
+    assert all(torch.equal(value, whole[name]) for name, value in again.items())
+    assert build(kind, 1, "random").state_dict().keys() == whole.keys()
+    monkeypatch.setattr("featxfer.PseudoLabelTrainer.fit_rows", None)
+    kept = train("one").state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in kept.items())

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 
+from benchmarks.detection.__main__ import main
 from benchmarks.detection.detectors import KINDS, build, trained
 from benchmarks.detection.judge import COLUMNS, Detections, Judge, overlaps
+from benchmarks.detection.methods import METHODS
+from benchmarks.detection.run import to_markdown
 from featxfer import Recipe, open_images
 from featxfer.voc import ObjectBoxes
 
@@ -137,3 +142,64 @@ def test_training_goes_on_to_the_same_detector(
     monkeypatch.setattr("featxfer.PseudoLabelTrainer.fit_rows", None)
     kept = train("one").state_dict()
     assert all(torch.equal(value, whole[name]) for name, value in kept.items())
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Path:
+    """Six photographs of a bright box each, in VOC layout."""
+    rng, root = np.random.default_rng(0), tmp_path / "kit"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for index in range(6):
+        pixels = rng.integers(0, 80, (60, 80, 3), dtype=np.uint8)
+        left, top = int(rng.integers(5, 40)), int(rng.integers(5, 30))
+        pixels[top : top + 20, left : left + 24] += 120
+        Image.fromarray(pixels).save(root / "JPEGImages" / f"{index}.jpg", quality=95)
+        box = {"xmin": left + 1, "ymin": top + 1, "xmax": left + 24, "ymax": top + 20}
+        corners = "".join(f"<{side}>{value}</{side}>" for side, value in box.items())
+        (root / "Annotations" / f"{index}.xml").write_text(
+            f"<annotation><object><name>box</name><bndbox>{corners}</bndbox></object></annotation>"
+        )
+    for split, names in (("trainval", "0123"), ("test", "45")):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
+    return root
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
+@pytest.mark.parametrize("detector", KINDS)
+def test_the_table_of_every_method(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detector: str
+) -> None:
+    quick = Recipe(epochs=1, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
+    monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
+    monkeypatch.setattr("benchmarks.detection.run.TRAINING", quick)
+    monkeypatch.setattr("benchmarks.detection.run.RESAMPLES", 5)
+    monkeypatch.setattr("featxfer_integrations.fit_detector.DETECTOR_RECIPE", quick)
+    monkeypatch.setattr("featxfer_integrations.fit_detector.FEATURES_RECIPE", quick)
+    monkeypatch.setattr("featxfer.trainer.FEATURES_RECIPE", quick)
+    out = tmp_path / "out"
+    arguments = ["--root", kit, "--weights", "random", "--factors", "2", "--seeds", "2"]
+    arguments += ["--detector", detector, "--cache", tmp_path / "cache", "--out", out]
+    for _ in range(2):
+        run = CliRunner().invoke(main, list(map(str, arguments)))
+        assert run.exit_code == 0, run.output
+        monkeypatch.setattr("benchmarks.detection.methods.fit_transfer", None)
+    results = json.loads((out / "results.json").read_text())
+    table = results["tables"]["2"]
+    assert list(table) == ["HR", "LR", *(method.label for method in METHODS.values())]
+    plain = {name: table["LR"][name] for name in COLUMNS}
+    assert {name: table["heads, untrained"][name] for name in COLUMNS} == pytest.approx(
+        plain, nan_ok=True
+    )
+    assert to_markdown(results["tables"]) == (out / "summary.md").read_text()
+    assert results["images"] == {"trainval": 4, "test": 2}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--methods", "magic", "got magic, wanted some of"), ("--factors", "big", "got 'big'")],
+)
+def test_bad_options_are_told(kit: Path, option: str, value: str, message: str) -> None:
+    run = CliRunner().invoke(main, ["--root", str(kit), option, value])
+    assert run.exit_code == 2
+    assert message in run.output

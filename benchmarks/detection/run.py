@@ -1,0 +1,223 @@
+"""The table: every method, every degradation, every seed, judged on test images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks.detection.detectors import TRAINING, trained
+from benchmarks.detection.judge import COLUMNS, Detections, Judge
+from benchmarks.detection.methods import METHODS, Setting
+from benchmarks.memo import Memo
+from benchmarks.versions import versions
+from featxfer import FEATURES_RECIPE, BaseDegradation, ScaledDegradation, VOCDevkit
+from featxfer.backbone import weights_sha256
+from featxfer_integrations.detector_blocks import DETECTOR_RECIPE
+
+RESAMPLES = 200
+"""Of the test images, for the intervals."""
+
+BATCH = 4
+
+HEADINGS = (*COLUMNS, "VOC AP50", "gap in AP, %", "95%", "HR loses, AP")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A detector, images and a judge.
+
+    Args:
+        kind: of the detector, a name of `detectors.KINDS`.
+        devkit: its trainval images train the detector, with labels, and then, without, what is put
+            into it; its test images judge.
+        cache: where finished work is kept.
+        weights: of the backbone, as `load_model` takes them.
+    """
+
+    kind: str
+    devkit: VOCDevkit
+    cache: Path
+    weights: str = "demo"
+
+    @cached_property
+    def detector(self) -> nn.Module:
+        """Trained on HR images."""
+        images, objects = self.devkit.images("trainval"), self.devkit.boxes("trainval")
+        with tqdm(total=TRAINING.epochs, desc=f"training {self.kind}", disable=None) as bar:
+            return trained(
+                self.kind,
+                images,
+                objects,
+                self.devkit.classes,
+                self.cache,
+                weights=self.weights,
+                recipe=TRAINING,
+                callback=lambda entry: bar.update(entry.epoch + 1 - bar.n),
+            )
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Of the test images."""
+        return Judge(self.devkit.boxes("test"), self.devkit.classes)
+
+    @torch.no_grad()
+    def detect(self, model: nn.Module, view: BaseDegradation | None) -> list[dict[str, Any]]:
+        """What a detector finds in the test images, seen as HR or by `view`."""
+        images, found = self.devkit.images("test"), []
+        device = next(model.parameters()).device
+        for start in tqdm(range(0, len(images), BATCH), desc="test images", disable=None):
+            rows = range(start, min(start + BATCH, len(images)))
+            pixels = [images.read(row) for row in rows]
+            seen = [image if view is None else view.lr(image) for image in pixels]
+            for part in model.eval()([(image.float() / 255).to(device) for image in seen]):
+                detections = Detections(
+                    part["boxes"].cpu().double().numpy(),
+                    part["scores"].cpu().double().numpy(),
+                    part["labels"].cpu().numpy() - 1,
+                )
+                found.append(detections.to_lists())
+        return found
+
+    def row(self, name: str | None, view: BaseDegradation | None, seed: int) -> dict[str, Any]:
+        """Detections of a method on LR images and on HR ones; of the plain detector for None."""
+        key = {
+            "method": name,
+            "seed": seed,
+            "view": None if view is None else view.to_dict(),
+            "detector": weights_sha256(self.detector),
+            "images": [self.devkit.images(split).fingerprint for split in ("trainval", "test")],
+            "recipes": [FEATURES_RECIPE.to_dict(), DETECTOR_RECIPE.to_dict()],
+        }
+
+        def compute() -> dict[str, Any]:
+            if name is None:
+                return {"lr": self.detect(self.detector, view)}
+            assert view is not None
+            images = self.devkit.images("trainval")
+            setting = Setting(self.detector, images, view, self.cache, seed)
+            model = METHODS[name].run(setting)
+            return {"lr": self.detect(model, view), "hr": self.detect(model, None)}
+
+        return Memo(self.cache / "detection").get(key, compute)
+
+
+def run(
+    study: Study, methods: Sequence[str], factors: Sequence[float], seeds: int
+) -> dict[str, Any]:
+    """All tables, a factor each."""
+    plain = study.row(None, None, 0)["lr"]
+    hr = Evaluation(study.judge, [plain], [])
+    tables: dict[str, Any] = {}
+    for factor in factors:
+        view = ScaledDegradation(factor)
+        lr = Evaluation(study.judge, [study.row(None, view, 0)["lr"]], [])
+        table = {"HR": hr.row(hr, lr), "LR": lr.row(hr, lr)}
+        for name in methods:
+            method = METHODS[name]
+            rows = [study.row(name, view, seed) for seed in range(seeds if method.seeded else 1)]
+            evaluation = Evaluation(
+                study.judge, [row["lr"] for row in rows], [row["hr"] for row in rows]
+            )
+            table[method.label] = evaluation.row(hr, lr)
+        tables[f"{factor:g}"] = table
+    return {
+        "config": {
+            "detector": study.kind,
+            "classes": list(study.devkit.classes),
+            "factors": list(factors),
+            "seeds": seeds,
+            "methods": list(methods),
+            "resamples": RESAMPLES,
+            "recipes": {
+                "detector": TRAINING.to_dict(),
+                "heads": FEATURES_RECIPE.to_dict(),
+                "blocks": DETECTOR_RECIPE.to_dict(),
+            },
+        },
+        "images": {split: len(study.devkit.ids(split)) for split in ("trainval", "test")},
+        "versions": versions(),
+        "tables": tables,
+    }
+
+
+class Evaluation:
+    """A row's detections, a list of images a seed, and figures of them.
+
+    Args:
+        judge: of the images.
+        lr: detections of LR images.
+        hr: detections of HR images, none for the plain detector.
+    """
+
+    def __init__(
+        self,
+        judge: Judge,
+        lr: Sequence[Sequence[Mapping[str, Any]]],
+        hr: Sequence[Sequence[Mapping[str, Any]]],
+    ) -> None:
+        self.judge = judge
+        self.found = [[Detections.from_lists(dict(image)) for image in seed] for seed in lr]
+        self.found_hr = [[Detections.from_lists(dict(image)) for image in seed] for seed in hr]
+        self.evaluated = [judge.evaluate(seed) for seed in self.found]
+
+    @cached_property
+    def resampled(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """AP over `RESAMPLES` draws of the images, a mean over seeds."""
+        rng = np.random.default_rng(0)
+        draws = [
+            rng.integers(len(self.judge.objects), size=len(self.judge.objects))
+            for _ in range(RESAMPLES)
+        ]
+        return np.array(
+            [np.mean([part.figures(draw)["AP"] for part in self.evaluated]) for draw in draws]
+        )
+
+    def row(self, hr: Evaluation, lr: Evaluation) -> dict[str, Any]:
+        """Figures in percent; of the gap in AP between `lr` and `hr` also the 95% interval."""
+        figures = [part.figures() for part in self.evaluated]
+        found = {name: float(np.mean([part[name] for part in figures])) for name in COLUMNS}
+        found["VOC AP50"] = float(np.mean([self.judge.voc_ap50(seed) for seed in self.found]))
+        low, high = lr.evaluated[0].figures()["AP"], hr.evaluated[0].figures()["AP"]
+        if high > low:
+            found["gap"] = 100 * (found["AP"] - low) / (high - low)
+            if self is not hr and self is not lr:
+                gaps = 100 * (self.resampled - lr.resampled) / (hr.resampled - lr.resampled)
+                found["gap low"], found["gap high"] = (
+                    float(value) for value in np.quantile(gaps, [0.025, 0.975])
+                )
+        if self.found_hr:
+            aps = [self.judge.evaluate(seed).figures()["AP"] for seed in self.found_hr]
+            found["HR loses"] = high - float(np.mean(aps))
+        return found
+
+
+def to_markdown(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """A table a factor."""
+    parts = []
+    for factor, table in tables.items():
+        lines = [
+            f"LR: {factor} times smaller, and back:\n",
+            "|  | "
+            + " | ".join([*COLUMNS, "VOC AP50", "gap in AP, %", "95%", "HR loses, AP"])
+            + " |",
+            "| --- " * (len(COLUMNS) + 5) + "|",
+        ]
+        for label, row in table.items():
+            cells = [_number(row.get(name)) for name in (*COLUMNS, "VOC AP50", "gap")]
+            interval = f"{row['gap low']:.0f} to {row['gap high']:.0f}" if "gap low" in row else ""
+            cells += [interval, _number(row.get("HR loses"))]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None or np.isnan(value) else f"{value:.1f}"

@@ -181,7 +181,10 @@ class Evaluation:
         )
 
     def row(self, hr: Evaluation, lr: Evaluation) -> dict[str, Any]:
-        """Figures in percent; of the gap in AP between `lr` and `hr` also the 95% interval."""
+        """Figures in percent; of the gap in AP between `lr` and `hr` also the 95% interval.
+
+        The interval is over draws of the images in which there is a gap.
+        """
         figures = [part.figures() for part in self.evaluated]
         found = {name: float(np.mean([part[name] for part in figures])) for name in COLUMNS}
         found["VOC AP50"] = float(np.mean([self.judge.voc_ap50(seed) for seed in self.found]))
@@ -189,10 +192,11 @@ class Evaluation:
         if high > low:
             found["gap"] = 100 * (found["AP"] - low) / (high - low)
             if self is not hr and self is not lr:
-                gaps = 100 * (self.resampled - lr.resampled) / (hr.resampled - lr.resampled)
-                found["gap low"], found["gap high"] = (
-                    float(value) for value in np.quantile(gaps, [0.025, 0.975])
-                )
+                kept = hr.resampled > lr.resampled
+                gained, lost = (part.resampled[kept] - lr.resampled[kept] for part in (self, hr))
+                if kept.any():
+                    low_end, high_end = np.quantile(100 * gained / lost, [0.025, 0.975])
+                    found |= {"gap low": float(low_end), "gap high": float(high_end)}
         if self.found_hr:
             aps = [self.judge.evaluate(seed).figures()["AP"] for seed in self.found_hr]
             found["HR loses"] = high - float(np.mean(aps))

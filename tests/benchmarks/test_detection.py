@@ -170,7 +170,7 @@ def kit(tmp_path: Path) -> Path:
 def test_the_table_of_every_method(
     kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detector: str
 ) -> None:
-    quick = Recipe(epochs=1, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
+    quick = Recipe(epochs=4, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
     monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
     monkeypatch.setattr("benchmarks.detection.run.TRAINING", quick)
     monkeypatch.setattr("benchmarks.detection.run.RESAMPLES", 5)

@@ -51,7 +51,8 @@ class TransferFit:
         log: of the head's training, an entry an epoch; empty if no head was trained.
         diagnostics: of the pseudo-labels, a degradation each.
         held_out: of what was trained, a degradation each; empty where no pairs were held out, and
-            for output "clusters", which is not in the space of HR features.
+            for output "clusters", which is not in the space of HR features. Of detectors first of
+            the blocks and then of each head, and a pair is a box or a position.
         images: how many the head was trained on.
         skipped: image name -> why it could not be read.
         depth: "pooled", or "deep" where blocks were trained too.

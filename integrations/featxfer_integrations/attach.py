@@ -150,7 +150,8 @@ def attach_transfer(
     taken = [place.name for place in places if attached_at(model, place) is not None]
     if taken:
         raise AttachError(
-            f"model: something is attached at {', '.join(taken)} already; detach_transfer first"
+            f"model: something is attached at {', '.join(map(repr, taken))} already; "
+            "detach_transfer first"
         )
     if head is not None and len(places) > 1:
         names = ", ".join(place.name for place in places)
@@ -438,5 +439,5 @@ def _warn_of_degradation(module: TransferModule, degradation: BaseDegradation | 
     warnings.warn(
         f"degradation: the {module.kind} was trained on {trained}, "
         f"the images are {degradation.to_json() if degradation else None}",
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -216,7 +216,7 @@ def fit_transfer(
                 raise ValueError(f"{name}: got {value!r}, which is not for detectors")
         if len(counts) > 1:
             raise ValueError(f"clusters: got {counts}, wanted one number for a detector")
-        return fit_detector(
+        of_detector = fit_detector(
             DetectorTask(
                 model=model,
                 images=open_images(images),
@@ -237,6 +237,8 @@ def fit_transfer(
                 seed=seed,
             )
         )
+        warn_if_useless(of_detector)
+        return of_detector
     place = _place(model, where)
     views = _views(degradation, Degradation)
     names = (objective, unpaired, None if lr_images is None else depth)

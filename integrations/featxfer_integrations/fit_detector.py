@@ -44,7 +44,6 @@ from featxfer_integrations._fitting import (
     reports,
     split,
     tell,
-    warn_if_useless,
 )
 from featxfer_integrations.attach import backbone_sha256, find_places, host_of, maps_at
 from featxfer_integrations.boxes import MOST_ROWS, Sampler, fill_box_stores, settings
@@ -128,7 +127,7 @@ def fit_detector(task: DetectorTask) -> TransferFit:
     for fitted in fits:
         for module, place in fitted.modules:
             put(task.model, place, module)
-    fit = TransferFit(
+    return TransferFit(
         [entry for fitted in fits for entry in fitted.fit.log],
         [part for fitted in fits for part in fitted.fit.diagnostics],
         [part for fitted in fits for part in fitted.fit.held_out],
@@ -137,8 +136,6 @@ def fit_detector(task: DetectorTask) -> TransferFit:
         fits[0].fit.depth,
         fits[0].fit.blocks_log,
     )
-    warn_if_useless(fit)
-    return fit
 
 
 @dataclass(frozen=True)

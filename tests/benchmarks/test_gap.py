@@ -47,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     short = Recipe(epochs=2, batch_size=16, learning_rate=1e-3, optimizer="adamw")
     for name in ("FEATURES_RECIPE", "BLOCK_RECIPE"):
         monkeypatch.setattr(f"featxfer_integrations.fit.{name}", short)
-    monkeypatch.setattr("featxfer_integrations.fit._warn_if_useless", lambda _: None)
+    monkeypatch.setattr("featxfer_integrations.fit.warn_if_useless", lambda _: None)
 
 
 def arguments(study: Study, out: Path, *more: object) -> list[str]:

@@ -44,7 +44,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featxfer_integrations.fit._warn_if_useless", lambda _: None)
+        patch.setattr("featxfer_integrations.fit.warn_if_useless", lambda _: None)
         first = CliRunner().invoke(plugin.main, [str(part) for part in arguments])
         assert first.exit_code == 0, first.output
         patch.setattr(plugin, "train_svms", lambda *_, **__: pytest.fail("trained again"))

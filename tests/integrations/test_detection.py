@@ -238,7 +238,7 @@ def test_detectors_without_a_known_predictor_list_what_could_be_meant(by_hand: A
     with pytest.raises(AttachError, match=r"roi_heads.box_predictor.cls_score; .*box_head.fc7"):
         attach_transfer(model)
     attach_transfer(model, where="roi_heads.box_head.fc7", in_features=48)
-    with pytest.raises(AttachError, match="attached at roi_heads_box_head_fc7 already"):
+    with pytest.raises(AttachError, match="attached at 'roi_heads_box_head_fc7' already"):
         attach_transfer(model, where="roi_heads.box_head.fc7", in_features=48)
     dense = build("retinanet_resnet50_fpn")
     dense.head.classification_head = nn.Identity()  # type: ignore[union-attr]

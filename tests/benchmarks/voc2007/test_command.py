@@ -134,7 +134,7 @@ def test_every_method_on_the_same_views(
     short = Recipe(epochs=1, batch_size=16, learning_rate=1e-3, optimizer="adamw")
     for name in ("FEATURES_RECIPE", "BLOCK_RECIPE"):
         monkeypatch.setattr(f"featxfer_integrations.fit.{name}", short)
-    monkeypatch.setattr("featxfer_integrations.fit._warn_if_useless", lambda _: None)
+    monkeypatch.setattr("featxfer_integrations.fit.warn_if_useless", lambda _: None)
     monkeypatch.setattr(
         command, "METHODS", {name: METHODS[name] for name in ("plain", "prototypes", "deep")}
     )

@@ -1,8 +1,9 @@
 """Features of the same boxes in HR and LR images, of a frozen detector: what its heads learn from.
 
 R-CNNs: the detector's own proposals on the HR image, pooled from the maps of every view. Detectors
-without proposals: positions of their pyramid. No labels are looked at: what is drawn is balanced by
-the classes that the detector itself predicts on the HR image.
+without proposals: positions of their pyramid. No labels are looked at: half of what is drawn is
+balanced by the classes that the detector itself predicts on the HR image, the other half is drawn
+by chance, so that background stays as common as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from featxfer_integrations._attach import AttachError, Place, disabled, is_attac
 CLASS, REGRESSION = "boxes_class", "boxes_regression"
 """How places of detectors without proposals are named, before the level."""
 
-PER_IMAGE = 32
+PER_IMAGE = 64
 """Boxes or positions of an image, at each place."""
 
 MOST_ROWS = 65_536
@@ -91,11 +92,11 @@ class Sampler:
         """
         images, maps = levels_of(self.model, views)
         if hasattr(self.model, "roi_heads"):
-            return self._boxes(images, maps)
+            return self._boxes(images, maps, index)
         return self._positions(maps, index)
 
-    def _boxes(self, images: ImageList, maps: dict[str, Tensor]) -> dict[str, Sample]:
-        boxes = self.propose(images, maps)
+    def _boxes(self, images: ImageList, maps: dict[str, Tensor], index: int) -> dict[str, Sample]:
+        boxes = self.propose(images, maps, index)
         count = len(images.image_sizes)
         if not len(boxes):
             return {
@@ -108,8 +109,8 @@ class Sampler:
             for place in self.places
         }
 
-    def propose(self, images: ImageList, maps: dict[str, Tensor]) -> Tensor:
-        """Boxes `(b, 4)` on the first image, b at most `per_image`, balanced by predicted class."""
+    def propose(self, images: ImageList, maps: dict[str, Tensor], index: int) -> Tensor:
+        """Boxes `(b, 4)` on the first image, `per_image` of those proposed; `index` is its own."""
         first = {name: level[:1] for name, level in maps.items()}
         sizes = images.image_sizes[:1]
         proposed, _ = self.model.rpn(ImageList(images.tensors[:1], sizes), first)
@@ -118,7 +119,12 @@ class Sampler:
         if not len(boxes):
             return boxes
         scores, labels = self._logits(first, [boxes], sizes).softmax(1).max(1)
-        return boxes[balanced(labels, scores, self.per_image)]
+        chosen = half_balanced(labels.cpu(), scores.cpu(), self.per_image, self.chance(index))
+        return boxes[chosen.to(boxes.device)]
+
+    def chance(self, index: int) -> torch.Generator:
+        """What draws in an image: the same every time."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
     def _pooled(
         self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]
@@ -152,7 +158,6 @@ class Sampler:
             likely = logits[0].sigmoid()
         scores, labels = likely.max(1)
         start, samples, chosen = 0, {}, {}
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         for place in self.places:
             rows = torch.cat([level.flatten(2) for level in taken[place.name]], 2).movedim(1, 2)
             positions = rows.shape[1]
@@ -165,7 +170,8 @@ class Sampler:
                 kinds = labels[part].reshape(positions, anchors).gather(1, anchor[:, None])[:, 0]
                 kinds = torch.where(best < OBJECT, 0, kinds + 1).cpu()
                 start += anchors * positions
-                chosen[level] = _half(kinds, best.cpu(), self.per_image, generator), kinds
+                best, chance = best.cpu(), self.chance(index)
+                chosen[level] = half_balanced(kinds, best, self.per_image, chance), kinds
             indices, kinds = chosen[level]
             rows = rows[:, indices.to(rows.device)].cpu()
             samples[place.name] = Sample(list(rows), kinds[indices])
@@ -229,8 +235,11 @@ def balanced(labels: Tensor, scores: Tensor, count: int) -> Tensor:
     return order[ranks[order].argsort(stable=True)][:count]
 
 
-def _half(labels: Tensor, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Positions: up to half of them where objects are, balanced, the others by chance."""
+def half_balanced(labels: Tensor, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of `count`: up to half of them balanced over objects' labels, the rest by chance.
+
+    With all of them balanced, heads take background for rarer than it is, and HR images lose more.
+    """
     objects = (labels > 0).nonzero()[:, 0]
     first = objects[balanced(labels[objects], scores[objects], count // 2)]
     left = torch.ones(len(labels), dtype=torch.bool)
@@ -261,26 +270,20 @@ class BoxStores:
     def read(self, images: Tensor, most: int, seed: int) -> tuple[list[Tensor], Tensor]:
         """Features of boxes in each view, `(n, d)`, and their labels; `most` of these images'.
 
-        Where there are more, labels that are rare are taken whole and the others share the rest.
+        Where there are more, half are balanced over labels and the rest drawn by chance.
         """
         stored = self.labels.open_rows()
         labels = stored.take(images).to(torch.int64)
         rows, slots = (labels != NOTHING).nonzero(as_tuple=True)
-        kept = _share(labels[rows, slots], most, seed)
+        generator = torch.Generator().manual_seed(seed)
+        chances = torch.rand(len(rows), generator=generator)
+        kept = half_balanced(labels[rows, slots], chances, most, generator).sort().values
         rows, slots = rows[kept], slots[kept]
         views = [
             _boxes_of(store.open_rows(), images, rows, slots, labels.shape[1])
             for store in self.views
         ]
         return views, labels[rows, slots]
-
-
-def _share(labels: Tensor, most: int, seed: int) -> Tensor:
-    """Indices, in order, of at most `most` labels, as evenly from each as there are."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    chosen = order[balanced(labels[order], torch.zeros(len(order)), most)]
-    return chosen.sort().values
 
 
 def _boxes_of(

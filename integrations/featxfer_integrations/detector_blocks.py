@@ -224,19 +224,22 @@ class Views:
 
     def take(self, indices: Tensor) -> tuple[Batch, Seen]:
         """Images of these rows, and what the plain detector sees of their HR views."""
-        given, wanted = [], []
+        given, wanted, chosen = [], [], []
         for row in indices.tolist():
             view, index = divmod(row // 2, len(self.images))
+            chosen.append(index)
             image = self.images.read(index)
             hr = self.degradations[0].hr(image)
             made = hr if view == len(self.degradations) else self.degradations[view].lr(image)
             mirror = bool(row % 2)
             given.append(made.flip(-1) if mirror else made)
             wanted.append(hr.flip(-1) if mirror else hr)
-        return self.see(given, wanted)
+        return self._see(given, wanted, chosen)
 
     @torch.no_grad()
-    def see(self, given: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Batch, Seen]:
+    def _see(
+        self, given: Sequence[Tensor], wanted: Sequence[Tensor], chosen: Sequence[int]
+    ) -> tuple[Batch, Seen]:
         """Images as the backbone takes them, and what the plain detector sees of others."""
         host, count = self.pyramid.host, len(given)
         like = next(host.parameters())
@@ -245,21 +248,25 @@ class Views:
         hr, sizes = images.tensors[count:], images.image_sizes[count:]
         with disabled(host):
             levels = self.pyramid.levels(hr)
-            boxes = self._propose(hr, levels, sizes) if hasattr(host, "roi_heads") else []
+            boxes = self._propose(hr, levels, sizes, chosen) if hasattr(host, "roi_heads") else []
             features = self.pyramid.features_of(boxes, levels, sizes)
         return Batch(images.tensors[:count], boxes, sizes), Seen(levels, features)
 
     def _propose(
-        self, images: Tensor, levels: dict[str, Tensor], sizes: list[tuple[int, int]]
+        self,
+        images: Tensor,
+        levels: dict[str, Tensor],
+        sizes: list[tuple[int, int]],
+        chosen: Sequence[int],
     ) -> list[Tensor]:
-        """Boxes on each image, balanced by predicted class."""
-        rows = range(len(images))
+        """Boxes on each image."""
         return [
             self.sampler.propose(
                 ImageList(images[row : row + 1], sizes[row : row + 1]),
                 {name: level[row : row + 1] for name, level in levels.items()},
+                index,
             )
-            for row in rows
+            for row, index in enumerate(chosen)
         ]
 
 

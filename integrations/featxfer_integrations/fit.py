@@ -138,9 +138,9 @@ def fit_transfer(
     Detectors: depth "deep" trains blocks in the backbone (or where `where` or `at` says) so that
     the pyramid's maps of LR images, and the features of the detector's own proposals, are those of
     the HR image; depth "pooled" heads at `where="boxes"`, on features of the same boxes, or of
-    positions of detectors without proposals, in both views, balanced by the classes that the
-    detector itself predicts. Where something is attached already, that is trained: blocks first,
-    then heads on what comes through them.
+    positions of detectors without proposals, in both views, half of them balanced by the classes
+    that the detector itself predicts and half by chance. Where something is attached already, that
+    is trained: blocks first, then heads on what comes through them.
 
     Args:
         model: as `attach_transfer` takes it.

@@ -31,7 +31,14 @@ from featxfer_integrations import (
 )
 from featxfer_integrations._attach import is_attached
 from featxfer_integrations.attach import find_places
-from featxfer_integrations.boxes import NOTHING, Sampler, balanced, fill_box_stores
+from featxfer_integrations.boxes import (
+    NOTHING,
+    PER_IMAGE,
+    Sampler,
+    balanced,
+    fill_box_stores,
+    half_balanced,
+)
 
 QUICK = Recipe(epochs=20, learning_rate=1e-3, optimizer="adamw", schedule="one-cycle")
 BLOCKS = Recipe(epochs=4, batch_size=4, learning_rate=2e-3, optimizer="adamw", schedule="one-cycle")
@@ -136,7 +143,7 @@ def test_features_of_boxes_are_those_that_the_predictor_gets(
     stores = kept[places[0].name]
     views, labels = stores.read(torch.arange(len(images)), 10_000, 0)
     assert [part.shape for part in views] == [views[0].shape] * 2
-    assert len(labels) == len(views[0]) <= 32 * len(images)
+    assert len(labels) == len(views[0]) <= PER_IMAGE * len(images)
     assert not torch.equal(views[0], views[1])
     seen: list[Tensor] = []
     layer = detector.get_submodule(places[0].inputs[0])
@@ -159,7 +166,27 @@ def test_boxes_are_balanced_by_label() -> None:
     assert balanced(labels[:0], scores[:0], 4).tolist() == []
 
 
-def test_rare_labels_are_taken_whole(detector: nn.Module, discs: Path, tmp_path: Path) -> None:
+def test_half_of_what_is_drawn_is_balanced_over_objects_and_half_by_chance() -> None:
+    labels = torch.tensor([0] * 80 + [1] * 10 + [2] * 2)
+    scores = torch.linspace(0, 1, len(labels))
+    draws = [
+        half_balanced(labels, scores, 16, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    ]
+    assert draws[0].equal(draws[1])
+    assert not draws[0].equal(draws[2])
+    for drawn in draws:
+        assert len(drawn.unique()) == 16
+        assert sorted(labels[drawn[:8]].tolist()) == [1] * 6 + [2] * 2
+        assert drawn[:8].sort().values.tolist() == [84, 85, 86, 87, 88, 89, 90, 91]
+        assert (labels[drawn[8:]] == 0).sum() >= 6
+    everything = half_balanced(labels, scores, 999, torch.Generator())
+    assert everything.sort().values.equal(torch.arange(len(labels)))
+    assert half_balanced(labels[:0], scores[:0], 4, torch.Generator()).tolist() == []
+
+
+def test_rare_labels_get_their_share_of_half_the_rows(
+    detector: nn.Module, discs: Path, tmp_path: Path
+) -> None:
     images = open_images(discs)
     (place,) = find_places(detector, where="boxes")
     sampler = Sampler(detector, [place], seed=0)
@@ -171,7 +198,7 @@ def test_rare_labels_are_taken_whole(detector: nn.Module, discs: Path, tmp_path:
     assert len(few) == most
     kept = few.bincount(minlength=4)
     rarest = int(torch.where(counts > 0, counts, 10_000).argmin())
-    share = most // int((counts > 0).sum())
+    share = most // 2 // int((counts > 0).sum())
     assert int(kept[rarest]) >= min(int(counts[rarest]), share)
     stored = stores.labels.read().features
     assert int((stored != NOTHING).sum()) == len(labels)

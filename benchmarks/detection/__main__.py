@@ -9,7 +9,8 @@ import click
 
 from benchmarks.detection.detectors import KINDS
 from benchmarks.detection.methods import METHODS
-from benchmarks.detection.run import Study, run, to_markdown
+from benchmarks.detection.run import Study, picture, run, to_markdown
+from benchmarks.plots import require_matplotlib
 from benchmarks.shell import told_errors
 from featxfer import VOCDevkit
 from featxfer._files import write_atomic
@@ -36,10 +37,11 @@ def _factors(_: object, __: object, value: str) -> tuple[float, ...]:
 @click.option("--detector", default="faster-rcnn", type=click.Choice(KINDS))
 @click.option("--weights", default="demo", help="Of the backbone: pretrained, demo, random.")
 @click.option("--methods", default="all", callback=_methods, help="Names, with commas between.")
-@click.option("--factors", default="8,16", callback=_factors, help="How many times smaller.")
+@click.option("--factors", default="16,24", callback=_factors, help="How many times smaller.")
 @click.option("--seeds", default=3)
 @click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
 @click.option("--out", type=Path, help="[default: runs/detection-DETECTOR]")
+@click.option("--figures/--no-figures", default=True, help="boxes.png: the last method and factor.")
 def main(
     root: Path,
     detector: str,
@@ -49,17 +51,23 @@ def main(
     seeds: int,
     cache: Path | None,
     out: Path | None,
+    figures: bool,
 ) -> None:
-    """Writes results.json and summary.md. May be interrupted; the same command goes on."""
+    """Writes results.json, summary.md and boxes.png. May be interrupted; the same goes on."""
     out = out or Path("runs") / f"detection-{detector}"
     with told_errors():
+        if figures:
+            require_matplotlib("--no-figures")
         study = Study(detector, VOCDevkit(root), cache or default_cache(), weights)
         results = run(study, methods, factors, seeds)
         summary = to_markdown(results["tables"])
         write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         write_atomic(out / "summary.md", summary.encode())
+        if figures:
+            write_atomic(out / "boxes.png", picture(study, methods[-1], factors[-1]))
         click.echo(summary)
-        click.echo(f"Wrote results.json and summary.md to {out}")
+        pictures = " and boxes.png" if figures else ""
+        click.echo(f"Wrote results.json, summary.md{pictures} to {out}")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.memo import hash_key
+from benchmarks.versions import versions
 from featxfer import (
+    FEATURES_RECIPE,
     BaseDegradation,
     FeatureTransferHead,
     Images,
@@ -19,9 +24,17 @@ from featxfer import (
     kmeans,
     warm_start_head,
 )
-from featxfer_integrations import attach_transfer, fit_transfer, transfers_of
+from featxfer.backbone import weights_sha256
+from featxfer_integrations import (
+    attach_transfer,
+    fit_transfer,
+    load_transfers,
+    save_transfers,
+    transfers_of,
+)
 from featxfer_integrations.attach import find_places
-from featxfer_integrations.boxes import MOST_ROWS, Sampler, fill_box_stores
+from featxfer_integrations.boxes import MOST_ROWS, PER_IMAGE, Sampler, fill_box_stores
+from featxfer_integrations.detector_blocks import BOXES, DETECTOR_RECIPE, HR_SHARE
 
 
 @dataclass(frozen=True)
@@ -42,19 +55,36 @@ class Setting:
     cache: Path
     seed: int
 
-    def fitted(self, *, branch: str | None = None, **options: object) -> nn.Module:
-        """A copy that `fit_transfer` trained."""
+    def to_dict(self) -> dict[str, Any]:
+        """What the outcome of a method hangs on, as JSON types."""
+        return {
+            "detector": weights_sha256(self.detector),
+            "images": self.images.fingerprint,
+            "view": self.view.to_dict(),
+            "seed": self.seed,
+            "recipes": [FEATURES_RECIPE.to_dict(), DETECTOR_RECIPE.to_dict()],
+            "boxes": [PER_IMAGE, BOXES],
+            "hr_share": HR_SHARE,
+        }
+
+    def fitted(self, *attached: Mapping[str, Any]) -> nn.Module:
+        """A copy at which this was attached and then trained; the cache keeps what was trained.
+
+        Args:
+            attached: arguments of `attach_transfer`, a call each.
+        """
         model = copy.deepcopy(self.detector)
-        if branch is not None:
-            attach_transfer(model, branch=branch)
-        fit_transfer(
-            model,
-            self.images,
-            degradation=self.view,
-            cache=self.cache,
-            seed=self.seed,
-            **options,  # type: ignore[arg-type]
-        )
+        key = {**self.to_dict(), "attached": list(attached), "versions": versions()}
+        folder = self.cache / "detection" / "transfers" / hash_key(key)
+        if folder.is_dir():
+            return load_transfers(model, folder)
+        for options in attached:
+            attach_transfer(model, **options)
+        fit_transfer(model, self.images, degradation=self.view, cache=self.cache, seed=self.seed)
+        unfinished = folder.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        save_transfers(model, unfinished)
+        unfinished.rename(folder)
         return model
 
 
@@ -65,11 +95,14 @@ def identity(setting: Setting) -> nn.Module:
 
 def blocks_and_heads(setting: Setting) -> nn.Module:
     """Blocks in the backbone, and heads on what comes through them."""
-    model = attach_transfer(copy.deepcopy(setting.detector), where="backbone")
-    attach_transfer(model)
-    fit_transfer(
-        model, setting.images, degradation=setting.view, cache=setting.cache, seed=setting.seed
-    )
+    return setting.fitted({"where": "backbone"}, {"where": "boxes"})
+
+
+def blocks_alone(setting: Setting) -> nn.Module:
+    """Those blocks: heads are trained after them, so they are the same as without."""
+    model, both = copy.deepcopy(setting.detector), blocks_and_heads(setting)
+    for place in find_places(model, where="backbone"):
+        attach_transfer(model, transfers_of(both)[place.name], at=place.module)
     return model
 
 
@@ -141,10 +174,10 @@ METHODS: Mapping[str, Method] = {
     "identity": Method("heads, untrained", identity, seeded=False),
     "ridge": Method("ridge regression of boxes' features", ridge, seeded=False),
     "nearest": Method("heads: the paper's nearest labels", nearest),
-    "boxes": Method("heads: class branch", lambda s: s.fitted(where="boxes")),
-    "both": Method("heads: class and box branch", lambda s: s.fitted(branch="both")),
-    "fpn": Method("blocks on the pyramid", lambda s: s.fitted(where="fpn")),
-    "backbone": Method("blocks in the backbone", lambda s: s.fitted(where="backbone")),
+    "boxes": Method("heads: class branch", lambda s: s.fitted({"where": "boxes"})),
+    "both": Method("heads: class and box branch", lambda s: s.fitted({"branch": "both"})),
+    "fpn": Method("blocks on the pyramid", lambda s: s.fitted({"where": "fpn"})),
+    "backbone": Method("blocks in the backbone", blocks_alone),
     "all": Method("blocks in the backbone, heads", blocks_and_heads),
 }
 """Methods by the name that `--methods` takes."""

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from benchmarks.detection.detectors import TRAINING, trained
 from benchmarks.detection.judge import COLUMNS, Detections, Judge
 from benchmarks.detection.methods import METHODS, Setting
+from benchmarks.detection.pictures import side_by_side
 from benchmarks.memo import Memo
 from benchmarks.versions import versions
 from featxfer import FEATURES_RECIPE, BaseDegradation, ScaledDegradation, VOCDevkit
@@ -88,25 +89,20 @@ class Study:
 
     def row(self, name: str | None, view: BaseDegradation | None, seed: int) -> dict[str, Any]:
         """Detections of a method on LR images and on HR ones; of the plain detector for None."""
-        key = {
-            "method": name,
-            "seed": seed,
-            "view": None if view is None else view.to_dict(),
-            "detector": weights_sha256(self.detector),
-            "images": [self.devkit.images(split).fingerprint for split in ("trainval", "test")],
-            "recipes": [FEATURES_RECIPE.to_dict(), DETECTOR_RECIPE.to_dict()],
-        }
+        memo = Memo(self.cache / "detection")
+        judged = self.devkit.images("test").fingerprint
+        if name is None or view is None:
+            seen = None if view is None else view.to_dict()
+            key = {"detector": weights_sha256(self.detector), "view": seen, "judged": judged}
+            return memo.get(key, lambda: {"lr": self.detect(self.detector, view)})
+        images = self.devkit.images("trainval")
+        setting = Setting(self.detector, images, view, self.cache, seed)
 
         def compute() -> dict[str, Any]:
-            if name is None:
-                return {"lr": self.detect(self.detector, view)}
-            assert view is not None
-            images = self.devkit.images("trainval")
-            setting = Setting(self.detector, images, view, self.cache, seed)
             model = METHODS[name].run(setting)
             return {"lr": self.detect(model, view), "hr": self.detect(model, None)}
 
-        return Memo(self.cache / "detection").get(key, compute)
+        return memo.get({**setting.to_dict(), "method": name, "judged": judged}, compute)
 
 
 def run(
@@ -148,6 +144,28 @@ def run(
     }
 
 
+def picture(study: Study, method: str, factor: float, count: int = 3) -> bytes:
+    """The first test images as HR, LR and LR with a method of seed 0, and what is found; a PNG."""
+    view, images = ScaledDegradation(factor), study.devkit.images("test")
+    seen = {
+        "HR": (None, study.row(None, None, 0)),
+        f"LR, {factor:g} times smaller": (view, study.row(None, view, 0)),
+        f"LR, {METHODS[method].label}": (view, study.row(method, view, 0)),
+    }
+    chosen = range(min(count, len(images)))
+    photographs = [
+        {
+            name: (
+                images.read(row) if lr is None else lr.lr(images.read(row)),
+                Detections.from_lists(found["lr"][row]),
+            )
+            for name, (lr, found) in seen.items()
+        }
+        for row in chosen
+    ]
+    return side_by_side(photographs, [study.judge.objects[row] for row in chosen])
+
+
 class Evaluation:
     """A row's detections, a list of images a seed, and figures of them.
 
@@ -186,7 +204,10 @@ class Evaluation:
         The interval is over draws of the images in which there is a gap.
         """
         figures = [part.figures() for part in self.evaluated]
-        found = {name: float(np.mean([part[name] for part in figures])) for name in COLUMNS}
+        found: dict[str, Any] = {
+            name: float(np.mean([part[name] for part in figures])) for name in COLUMNS
+        }
+        found["AP of seeds"] = [part["AP"] for part in figures]
         found["VOC AP50"] = float(np.mean([self.judge.voc_ap50(seed) for seed in self.found]))
         low, high = lr.evaluated[0].figures()["AP"], hr.evaluated[0].figures()["AP"]
         if high > low:
@@ -203,16 +224,14 @@ class Evaluation:
         return found
 
 
-def to_markdown(tables: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def to_markdown(tables: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """A table a factor."""
     parts = []
     for factor, table in tables.items():
         lines = [
             f"LR: {factor} times smaller, and back:\n",
-            "|  | "
-            + " | ".join([*COLUMNS, "VOC AP50", "gap in AP, %", "95%", "HR loses, AP"])
-            + " |",
-            "| --- " * (len(COLUMNS) + 5) + "|",
+            f"|  | {' | '.join(HEADINGS)} |",
+            "| --- " * (len(HEADINGS) + 1) + "|",
         ]
         for label, row in table.items():
             cells = [_number(row.get(name)) for name in (*COLUMNS, "VOC AP50", "gap")]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch import nn
 from benchmarks.detection.__main__ import main
 from benchmarks.detection.detectors import KINDS, build, trained
 from benchmarks.detection.judge import COLUMNS, Detections, Judge, overlaps
-from benchmarks.detection.methods import METHODS
+from benchmarks.detection.methods import METHODS, Setting, blocks_alone, blocks_and_heads
+from benchmarks.detection.pictures import sort_out
 from benchmarks.detection.run import to_markdown
-from featxfer import Recipe, open_images
+from featxfer import Recipe, ScaledDegradation, VOCDevkit, open_images
 from featxfer.voc import ObjectBoxes
+from featxfer_integrations import transfers_of
 
 
 def objects(boxes: list[list[float]], labels: list[int], hard: list[bool]) -> ObjectBoxes:
@@ -193,6 +196,43 @@ def test_the_table_of_every_method(
     )
     assert to_markdown(results["tables"]) == (out / "summary.md").read_text()
     assert results["images"] == {"trainval": 4, "test": 2}
+    assert [len(table[label]["AP of seeds"]) for label in ("LR", "blocks on the pyramid")] == [1, 2]
+    with Image.open(out / "boxes.png") as picture:
+        assert picture.width > picture.height
+
+
+def test_blocks_alone_are_those_of_blocks_with_heads(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = Recipe(epochs=2, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
+    monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
+    monkeypatch.setattr("featxfer_integrations.fit_detector.DETECTOR_RECIPE", quick)
+    monkeypatch.setattr("featxfer_integrations.fit_detector.FEATURES_RECIPE", quick)
+    images = VOCDevkit(kit).images("trainval")
+    detector = build("faster-rcnn", 1, "random")
+    setting = Setting(detector, images, ScaledDegradation(2), tmp_path / "cache", 0)
+    alone = transfers_of(blocks_alone(setting))
+    by_itself = transfers_of(
+        dataclasses.replace(setting, cache=tmp_path / "other").fitted({"where": "backbone"})
+    )
+    both = transfers_of(blocks_and_heads(setting))
+    assert list(alone) == list(by_itself) == [name for name in both if name != "boxes"]
+    for name in alone:
+        for key, value in alone[name].state_dict().items():
+            assert value.equal(by_itself[name].state_dict()[key])
+            assert value.equal(both[name].state_dict()[key])
+
+
+def test_detections_are_sorted_into_right_and_wrong_and_objects_into_found_and_missed() -> None:
+    known = objects([[0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]], [0, 0, 1], [False] * 3)
+    seen = found(
+        [[0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50], [90, 90, 99, 99]],
+        [0.9, 0.8, 0.4, 0.7, 0.6],
+        [0, 0, 0, 1, 0],
+    )
+    assert sort_out(known, seen) == ([0, 3], [1, 4], [1])
+    other_class = found([[40, 40, 50, 50]], [0.9], [0])
+    assert sort_out(known, other_class) == ([], [0], [0, 1, 2])
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import detection
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -17,6 +20,7 @@ from featxfer_integrations import (
     AttachError,
     attach_transfer,
     detach_transfer,
+    train_transfer_only,
     transfer_disabled,
     transfers_of,
 )
@@ -182,6 +186,101 @@ def test_a_detector_by_hand_around_timm(by_hand: Any) -> None:
     blocks = {"fpn0", "backbone_3", "backbone_8", "backbone_12"}
     assert set(transfers_of(dense)) == {"boxes_class", *blocks}
     assert same(detect(dense), plain)
+
+
+def trained_by_chance(model: nn.Module) -> nn.Module:
+    """With heads and blocks that are no identities."""
+    for where in ("boxes", "backbone", "fpn"):
+        attach_transfer(model, where=where)
+    for parameter in transfers_of(model).parameters():
+        nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`create_unbacked_symint`:FutureWarning")
+@pytest.mark.parametrize("name", ["faster r-cnn", "retinanet"])
+def test_compiled_detectors_find_the_same(by_hand: Any, name: str) -> None:
+    """Whole with torchvision's own graph breaks; the backbone, where blocks are, in one graph."""
+    model = trained_by_chance(by_hand(name))
+    eager = detect(model)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="eager")
+    assert same(detect(compiled), eager)
+    detach_transfer(model)
+    plain = detect(model)
+    assert not same(plain, eager)
+    attach_transfer(model, where="backbone")
+    assert same(detect(compiled), plain)
+    images = torch.rand(2, 3, 64, 64)
+    torch.compiler.reset()
+    backbone: Any = torch.compile(model.backbone, backend="eager", fullgraph=True)  # type: ignore[call-overload]
+    with torch.no_grad():
+        for level, wanted in zip(
+            backbone(images).values(),
+            model.backbone(images).values(),  # type: ignore[operator]
+            strict=True,
+        ):
+            assert torch.equal(level, wanted)
+
+
+@pytest.mark.parametrize("name", ["faster r-cnn", "retinanet"])
+def test_distributed_training_gives_the_gradients_of_training_alone(
+    by_hand: Any, name: str, tmp_path: Path
+) -> None:
+    model = trained_by_chance(by_hand(name))
+    parameters = train_transfer_only(model)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
+            module.eval()
+    targets = [
+        {"boxes": torch.tensor([[5.0, 5.0, 35.0, 30.0]]), "labels": torch.tensor([1])}
+        for _ in pictures()
+    ]
+
+    def gradients(run: nn.Module) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        run.zero_grad(set_to_none=True)
+        sum(run(pictures(), targets).values(), torch.zeros(())).backward()
+        return [None if p.grad is None else p.grad.clone() for p in parameters]
+
+    alone = gradients(model)
+    assert any(grad is not None and bool(grad.any()) for grad in alone)
+    rendezvous = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    try:
+        together = gradients(DistributedDataParallel(model, find_unused_parameters=True))
+    finally:
+        dist.destroy_process_group()
+    for mine, wanted in zip(together, alone, strict=True):
+        if wanted is not None:
+            assert mine is not None
+            torch.testing.assert_close(mine, wanted)
+
+
+def test_small_images_boxes_at_the_edge_and_autocast(by_hand: Any) -> None:
+    model = by_hand("faster r-cnn")
+    tiny = [torch.rand(3, 5, 7), torch.rand(3, 1, 1), torch.rand(3, 200, 30)]
+    plain = detect(model, tiny)
+    heads: Any = model.roi_heads
+    levels = model.backbone(torch.rand(1, 3, 64, 64))
+    outside = torch.tensor([[-20.0, -20.0, 90.0, 90.0], [60.0, 60.0, 60.0, 60.0]])
+
+    def scores() -> Tensor:
+        pooled = heads.box_roi_pool(levels, [outside], [(64, 64)])
+        logits: Tensor = heads.box_predictor(heads.box_head(pooled))[0]
+        return logits
+
+    wanted = scores()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain_bf16 = detect(model)
+    attach_transfer(model)
+    attach_transfer(model, where="backbone")
+    attach_transfer(model, where="fpn")
+    assert same(detect(model, tiny), plain)
+    assert torch.equal(scores(), wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(detect(model), plain_bf16)
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.0])

@@ -32,8 +32,9 @@ from featxfer_integrations import (
     save_transfers,
     transfers_of,
 )
-from featxfer_integrations.attach import find_places
+from featxfer_integrations.attach import find_places, host_of, maps_at
 from featxfer_integrations.boxes import MOST_ROWS, PER_IMAGE, Sampler, fill_box_stores
+from featxfer_integrations.deep import BlockPlan, block_width
 from featxfer_integrations.detector_blocks import BOXES, DETECTOR_RECIPE, HR_SHARE
 
 
@@ -93,9 +94,22 @@ def identity(setting: Setting) -> nn.Module:
     return attach_transfer(copy.deepcopy(setting.detector))
 
 
+def new_blocks_at(setting: Setting, where: str) -> dict[str, Any]:
+    """Arguments of `attach_transfer` for blocks as wide as `fit_transfer` makes them."""
+    model = copy.deepcopy(setting.detector)
+    plans = [
+        BlockPlan(place.name, place, *maps_at(model, place))
+        for place in find_places(model, where=where)
+    ]
+    host = host_of(model)
+    assert host is not None
+    width = block_width(model, plans, host.input_size(model))
+    return {"where": where, "hidden_features": width}
+
+
 def blocks_and_heads(setting: Setting) -> nn.Module:
     """Blocks in the backbone, and heads on what comes through them."""
-    return setting.fitted({"where": "backbone"}, {"where": "boxes"})
+    return setting.fitted(new_blocks_at(setting, "backbone"), {"where": "boxes"})
 
 
 def blocks_alone(setting: Setting) -> nn.Module:
@@ -176,7 +190,7 @@ METHODS: Mapping[str, Method] = {
     "nearest": Method("heads: the paper's nearest labels", nearest),
     "boxes": Method("heads: class branch", lambda s: s.fitted({"where": "boxes"})),
     "both": Method("heads: class and box branch", lambda s: s.fitted({"branch": "both"})),
-    "fpn": Method("blocks on the pyramid", lambda s: s.fitted({"where": "fpn"})),
+    "fpn": Method("blocks on the pyramid", lambda s: s.fitted(new_blocks_at(s, "fpn"))),
     "backbone": Method("blocks in the backbone", blocks_alone),
     "all": Method("blocks in the backbone, heads", blocks_and_heads),
 }

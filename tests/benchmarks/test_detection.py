@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from benchmarks.detection.pictures import sort_out
 from benchmarks.detection.run import to_markdown
 from featxfer import Recipe, ScaledDegradation, VOCDevkit, open_images
 from featxfer.voc import ObjectBoxes
-from featxfer_integrations import transfers_of
+from featxfer_integrations import fit_transfer, transfers_of
 
 
 def objects(boxes: list[list[float]], labels: list[int], hard: list[bool]) -> ObjectBoxes:
@@ -212,9 +212,11 @@ def test_blocks_alone_are_those_of_blocks_with_heads(
     detector = build("faster-rcnn", 1, "random")
     setting = Setting(detector, images, ScaledDegradation(2), tmp_path / "cache", 0)
     alone = transfers_of(blocks_alone(setting))
-    by_itself = transfers_of(
-        dataclasses.replace(setting, cache=tmp_path / "other").fitted({"where": "backbone"})
+    fitted = copy.deepcopy(detector)
+    fit_transfer(
+        fitted, images, degradation=setting.view, where="backbone", cache=tmp_path / "other"
     )
+    by_itself = transfers_of(fitted)
     both = transfers_of(blocks_and_heads(setting))
     assert list(alone) == list(by_itself) == [name for name in both if name != "boxes"]
     for name in alone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,20 +69,29 @@ class Setting:
             "hr_share": HR_SHARE,
         }
 
-    def fitted(self, *attached: Mapping[str, Any]) -> nn.Module:
+    def fitted(self, *attached: Mapping[str, Any], **options: Any) -> nn.Module:
         """A copy at which this was attached and then trained; the cache keeps what was trained.
 
         Args:
             attached: arguments of `attach_transfer`, a call each.
+            options: of `fit_transfer`.
         """
         model = copy.deepcopy(self.detector)
         key = {**self.to_dict(), "attached": list(attached), "versions": versions()}
+        key |= {name: str(value) for name, value in options.items()}
         folder = self.cache / "detection" / "transfers" / hash_key(key)
         if folder.is_dir():
             return load_transfers(model, folder)
-        for options in attached:
-            attach_transfer(model, **options)
-        fit_transfer(model, self.images, degradation=self.view, cache=self.cache, seed=self.seed)
+        for arguments in attached:
+            attach_transfer(model, **arguments)
+        fit_transfer(
+            model,
+            self.images,
+            degradation=self.view,
+            cache=self.cache,
+            seed=self.seed,
+            **options,
+        )
         unfinished = folder.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         save_transfers(model, unfinished)
@@ -94,22 +104,25 @@ def identity(setting: Setting) -> nn.Module:
     return attach_transfer(copy.deepcopy(setting.detector))
 
 
-def new_blocks_at(setting: Setting, where: str) -> dict[str, Any]:
-    """Arguments of `attach_transfer` for blocks as wide as `fit_transfer` makes them."""
+def sized(setting: Setting, *places: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Arguments of `attach_transfer`, a call each, with blocks as wide as `fit_transfer` has them.
+
+    Args:
+        setting: of the detector.
+        places: arguments that say where blocks go.
+    """
     model = copy.deepcopy(setting.detector)
-    plans = [
-        BlockPlan(place.name, place, *maps_at(model, place))
-        for place in find_places(model, where=where)
-    ]
+    found = [place for options in places for place in find_places(model, **options)]
+    plans = [BlockPlan(place.name, place, *maps_at(model, place)) for place in found]
     host = host_of(model)
     assert host is not None
     width = block_width(model, plans, host.input_size(model))
-    return {"where": where, "hidden_features": width}
+    return [{**options, "hidden_features": width} for options in places]
 
 
 def blocks_and_heads(setting: Setting) -> nn.Module:
     """Blocks in the backbone, and heads on what comes through them."""
-    return setting.fitted(new_blocks_at(setting, "backbone"), {"where": "boxes"})
+    return setting.fitted(*sized(setting, {"where": "backbone"}), {"where": "boxes"})
 
 
 def blocks_alone(setting: Setting) -> nn.Module:
@@ -190,8 +203,32 @@ METHODS: Mapping[str, Method] = {
     "nearest": Method("heads: the paper's nearest labels", nearest),
     "boxes": Method("heads: class branch", lambda s: s.fitted({"where": "boxes"})),
     "both": Method("heads: class and box branch", lambda s: s.fitted({"branch": "both"})),
-    "fpn": Method("blocks on the pyramid", lambda s: s.fitted(new_blocks_at(s, "fpn"))),
+    "fpn": Method("blocks on the pyramid", lambda s: s.fitted(*sized(s, {"where": "fpn"}))),
     "backbone": Method("blocks in the backbone", blocks_alone),
     "all": Method("blocks in the backbone, heads", blocks_and_heads),
 }
 """Methods by the name that `--methods` takes."""
+
+
+def _blocks(*stages: int, epochs: float = 1, objective: str = "prototypes") -> Callable[..., Any]:
+    """A method: blocks after stages, trained for `epochs` times the usual number."""
+    recipe = dataclasses.replace(DETECTOR_RECIPE, epochs=round(epochs * DETECTOR_RECIPE.epochs))
+
+    def run(setting: Setting) -> nn.Module:
+        places = sized(setting, *({"at": f"stage{stage}"} for stage in stages))
+        return setting.fitted(*places, block_recipe=recipe, objective=objective)
+
+    return run
+
+
+TUNING: Mapping[str, Method] = {
+    "default": Method("blocks after 1/8, 1/16 and 1/32", _blocks(2, 3, 4)),
+    "all": Method("after 1/4, 1/8, 1/16 and 1/32", _blocks(1, 2, 3, 4)),
+    "early": Method("after 1/4 and 1/8", _blocks(1, 2)),
+    "late": Method("after 1/16 and 1/32", _blocks(3, 4)),
+    "last": Method("after 1/32 alone", _blocks(4)),
+    "half": Method("default, half the epochs", _blocks(2, 3, 4, epochs=0.5)),
+    "twice": Method("default, twice the epochs", _blocks(2, 3, 4, epochs=2)),
+    "regression": Method("default, boxes by regression", _blocks(2, 3, 4, objective="regression")),
+}
+"""What blocks hang on: by the name that `--methods` takes with `--tune`. Blocks cost the same."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks.detection.detectors import TRAINING, trained
 from benchmarks.detection.judge import COLUMNS, Detections, Judge
-from benchmarks.detection.methods import METHODS, Setting
+from benchmarks.detection.methods import Method, Setting
 from benchmarks.detection.pictures import side_by_side
 from benchmarks.memo import Memo
 from benchmarks.versions import versions
@@ -37,21 +37,25 @@ class Study:
 
     Args:
         kind: of the detector, a name of `detectors.KINDS`.
-        devkit: its trainval images train the detector, with labels, and then, without, what is put
-            into it; its test images judge.
+        devkit: images and boxes.
         cache: where finished work is kept.
         weights: of the backbone, as `load_model` takes them.
+        train: the split that trains the detector, with labels, and then, without, what is put into
+            it.
+        test: the split that judges.
     """
 
     kind: str
     devkit: VOCDevkit
     cache: Path
     weights: str = "demo"
+    train: str = "trainval"
+    test: str = "test"
 
     @cached_property
     def detector(self) -> nn.Module:
         """Trained on HR images."""
-        images, objects = self.devkit.images("trainval"), self.devkit.boxes("trainval")
+        images, objects = self.devkit.images(self.train), self.devkit.boxes(self.train)
         with tqdm(total=TRAINING.epochs, desc=f"training {self.kind}", disable=None) as bar:
             return trained(
                 self.kind,
@@ -67,12 +71,12 @@ class Study:
     @cached_property
     def judge(self) -> Judge:
         """Of the test images."""
-        return Judge(self.devkit.boxes("test"), self.devkit.classes)
+        return Judge(self.devkit.boxes(self.test), self.devkit.classes)
 
     @torch.no_grad()
     def detect(self, model: nn.Module, view: BaseDegradation | None) -> list[dict[str, Any]]:
         """What a detector finds in the test images, seen as HR or by `view`."""
-        images, found = self.devkit.images("test"), []
+        images, found = self.devkit.images(self.test), []
         device = next(model.parameters()).device
         for start in tqdm(range(0, len(images), BATCH), desc="test images", disable=None):
             rows = range(start, min(start + BATCH, len(images)))
@@ -87,26 +91,26 @@ class Study:
                 found.append(detections.to_lists())
         return found
 
-    def row(self, name: str | None, view: BaseDegradation | None, seed: int) -> dict[str, Any]:
+    def row(self, method: Method | None, view: BaseDegradation | None, seed: int) -> dict[str, Any]:
         """Detections of a method on LR images and on HR ones; of the plain detector for None."""
         memo = Memo(self.cache / "detection")
-        judged = self.devkit.images("test").fingerprint
-        if name is None or view is None:
+        judged = self.devkit.images(self.test).fingerprint
+        if method is None or view is None:
             seen = None if view is None else view.to_dict()
             key = {"detector": weights_sha256(self.detector), "view": seen, "judged": judged}
             return memo.get(key, lambda: {"lr": self.detect(self.detector, view)})
-        images = self.devkit.images("trainval")
+        images = self.devkit.images(self.train)
         setting = Setting(self.detector, images, view, self.cache, seed)
 
         def compute() -> dict[str, Any]:
-            model = METHODS[name].run(setting)
+            model = method.run(setting)
             return {"lr": self.detect(model, view), "hr": self.detect(model, None)}
 
-        return memo.get({**setting.to_dict(), "method": name, "judged": judged}, compute)
+        return memo.get({**setting.to_dict(), "method": method.label, "judged": judged}, compute)
 
 
 def run(
-    study: Study, methods: Sequence[str], factors: Sequence[float], seeds: int
+    study: Study, methods: Sequence[Method], factors: Sequence[float], seeds: int
 ) -> dict[str, Any]:
     """All tables, a factor each."""
     plain = study.row(None, None, 0)["lr"]
@@ -116,9 +120,8 @@ def run(
         view = ScaledDegradation(factor)
         lr = Evaluation(study.judge, [study.row(None, view, 0)["lr"]], [])
         table = {"HR": hr.row(hr, lr), "LR": lr.row(hr, lr)}
-        for name in methods:
-            method = METHODS[name]
-            rows = [study.row(name, view, seed) for seed in range(seeds if method.seeded else 1)]
+        for method in methods:
+            rows = [study.row(method, view, seed) for seed in range(seeds if method.seeded else 1)]
             evaluation = Evaluation(
                 study.judge, [row["lr"] for row in rows], [row["hr"] for row in rows]
             )
@@ -130,7 +133,8 @@ def run(
             "classes": list(study.devkit.classes),
             "factors": list(factors),
             "seeds": seeds,
-            "methods": list(methods),
+            "methods": [method.label for method in methods],
+            "splits": [study.train, study.test],
             "resamples": RESAMPLES,
             "recipes": {
                 "detector": TRAINING.to_dict(),
@@ -138,19 +142,19 @@ def run(
                 "blocks": DETECTOR_RECIPE.to_dict(),
             },
         },
-        "images": {split: len(study.devkit.ids(split)) for split in ("trainval", "test")},
+        "images": {split: len(study.devkit.ids(split)) for split in (study.train, study.test)},
         "versions": versions(),
         "tables": tables,
     }
 
 
-def picture(study: Study, method: str, factor: float, count: int = 3) -> bytes:
+def picture(study: Study, method: Method, factor: float, count: int = 3) -> bytes:
     """The first test images as HR, LR and LR with a method of seed 0, and what is found; a PNG."""
-    view, images = ScaledDegradation(factor), study.devkit.images("test")
+    view, images = ScaledDegradation(factor), study.devkit.images(study.test)
     seen = {
         "HR": (None, study.row(None, None, 0)),
         f"LR, {factor:g} times smaller": (view, study.row(None, view, 0)),
-        f"LR, {METHODS[method].label}": (view, study.row(method, view, 0)),
+        f"LR, {method.label}": (view, study.row(method, view, 0)),
     }
     chosen = range(min(count, len(images)))
     photographs = [

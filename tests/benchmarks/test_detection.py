@@ -15,7 +15,13 @@ from torch import nn
 from benchmarks.detection.__main__ import main
 from benchmarks.detection.detectors import KINDS, build, trained
 from benchmarks.detection.judge import COLUMNS, Detections, Judge, overlaps
-from benchmarks.detection.methods import METHODS, Setting, blocks_alone, blocks_and_heads
+from benchmarks.detection.methods import (
+    METHODS,
+    TUNING,
+    Setting,
+    blocks_alone,
+    blocks_and_heads,
+)
 from benchmarks.detection.pictures import sort_out
 from benchmarks.detection.run import to_markdown
 from featxfer import Recipe, ScaledDegradation, VOCDevkit, open_images
@@ -199,6 +205,27 @@ def test_the_table_of_every_method(
     assert [len(table[label]["AP of seeds"]) for label in ("LR", "blocks on the pyramid")] == [1, 2]
     with Image.open(out / "boxes.png") as picture:
         assert picture.width > picture.height
+
+
+def test_choices_of_blocks_are_judged_on_val(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = Recipe(epochs=2, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
+    monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
+    monkeypatch.setattr("benchmarks.detection.run.TRAINING", quick)
+    monkeypatch.setattr("benchmarks.detection.run.RESAMPLES", 5)
+    monkeypatch.setattr("benchmarks.detection.methods.DETECTOR_RECIPE", quick)
+    for split, names in (("train", "012"), ("val", "3")):
+        (kit / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
+    arguments = ["--root", kit, "--weights", "random", "--factors", "2", "--seeds", "1", "--tune"]
+    arguments += ["--methods", "late,half", "--cache", tmp_path, "--out", tmp_path / "out"]
+    run = CliRunner().invoke(main, list(map(str, [*arguments, "--no-figures"])))
+    assert run.exit_code == 0, run.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["images"] == {"train": 3, "val": 1}
+    labels = [TUNING[name].label for name in ("late", "half")]
+    assert list(results["tables"]["2"]) == ["HR", "LR", *labels]
+    assert not (tmp_path / "out" / "boxes.png").exists()
 
 
 def test_blocks_alone_are_those_of_blocks_with_heads(

@@ -42,7 +42,7 @@ from featxfer_integrations.boxes import Sampler
 DETECTOR_RECIPE = Recipe(
     epochs=12,
     batch_size=4,
-    learning_rate=2e-3,
+    learning_rate=4e-3,
     weight_decay=0.05,
     optimizer="adamw",
     schedule="one-cycle",

@@ -66,7 +66,7 @@ def main(
             require_matplotlib("--no-figures")
         study = Study(detector, VOCDevkit(root), cache or default_cache(), weights, train, test)
         results = run(study, chosen, factors, seeds)
-        summary = to_markdown(results["tables"])
+        summary = to_markdown(results)
         write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         write_atomic(out / "summary.md", summary.encode())
         if figures:

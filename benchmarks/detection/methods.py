@@ -210,9 +210,15 @@ METHODS: Mapping[str, Method] = {
 """Methods by the name that `--methods` takes."""
 
 
-def _blocks(*stages: int, epochs: float = 1, objective: str = "prototypes") -> Callable[..., Any]:
-    """A method: blocks after stages, trained for `epochs` times the usual number."""
-    recipe = dataclasses.replace(DETECTOR_RECIPE, epochs=round(epochs * DETECTOR_RECIPE.epochs))
+def _blocks(
+    *stages: int, epochs: float = 1, rate: float = 1, objective: str = "prototypes"
+) -> Callable[..., Any]:
+    """A method: blocks after stages, trained at times the usual number of epochs and rate."""
+    recipe = dataclasses.replace(
+        DETECTOR_RECIPE,
+        epochs=round(epochs * DETECTOR_RECIPE.epochs),
+        learning_rate=rate * DETECTOR_RECIPE.learning_rate,
+    )
 
     def run(setting: Setting) -> nn.Module:
         places = sized(setting, *({"at": f"stage{stage}"} for stage in stages))
@@ -229,6 +235,8 @@ TUNING: Mapping[str, Method] = {
     "last": Method("after 1/32 alone", _blocks(4)),
     "half": Method("default, half the epochs", _blocks(2, 3, 4, epochs=0.5)),
     "twice": Method("default, twice the epochs", _blocks(2, 3, 4, epochs=2)),
+    "slow": Method("default, half the learning rate", _blocks(2, 3, 4, rate=0.5)),
+    "fast": Method("default, twice the learning rate", _blocks(2, 3, 4, rate=2)),
     "regression": Method("default, boxes by regression", _blocks(2, 3, 4, objective="regression")),
 }
 """What blocks hang on: by the name that `--methods` takes with `--tune`. Blocks cost the same."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ RESAMPLES = 200
 """Of the test images, for the intervals."""
 
 BATCH = 4
+
+CURVE = (2, 4, 8, 12, 16, 24, 32)
+"""How many times smaller images are of which the plain detector's AP is told."""
 
 HEADINGS = (*COLUMNS, "VOC AP50", "gap in AP, %", "95%", "HR loses, AP")
 
@@ -127,6 +131,9 @@ def run(
             )
             table[method.label] = evaluation.row(hr, lr)
         tables[f"{factor:g}"] = table
+    curve = {"1": plain} | {
+        f"{factor:g}": study.row(None, ScaledDegradation(factor), 0)["lr"] for factor in CURVE
+    }
     return {
         "config": {
             "detector": study.kind,
@@ -143,7 +150,11 @@ def run(
             },
         },
         "images": {split: len(study.devkit.ids(split)) for split in (study.train, study.test)},
-        "versions": versions(),
+        "versions": {**versions(), "pycocotools": version("pycocotools")},
+        "curve": {
+            factor: Evaluation(study.judge, [found], []).figures[0]
+            for factor, found in curve.items()
+        },
         "tables": tables,
     }
 
@@ -191,6 +202,11 @@ class Evaluation:
         self.evaluated = [judge.evaluate(seed) for seed in self.found]
 
     @cached_property
+    def figures(self) -> list[dict[str, float]]:
+        """`COLUMNS` of each seed, percent."""
+        return [part.figures() for part in self.evaluated]
+
+    @cached_property
     def resampled(self) -> np.ndarray[Any, np.dtype[np.float64]]:
         """AP over `RESAMPLES` draws of the images, a mean over seeds."""
         rng = np.random.default_rng(0)
@@ -207,13 +223,12 @@ class Evaluation:
 
         The interval is over draws of the images in which there is a gap.
         """
-        figures = [part.figures() for part in self.evaluated]
         found: dict[str, Any] = {
-            name: float(np.mean([part[name] for part in figures])) for name in COLUMNS
+            name: float(np.mean([part[name] for part in self.figures])) for name in COLUMNS
         }
-        found["AP of seeds"] = [part["AP"] for part in figures]
+        found["AP of seeds"] = [part["AP"] for part in self.figures]
         found["VOC AP50"] = float(np.mean([self.judge.voc_ap50(seed) for seed in self.found]))
-        low, high = lr.evaluated[0].figures()["AP"], hr.evaluated[0].figures()["AP"]
+        low, high = lr.figures[0]["AP"], hr.figures[0]["AP"]
         if high > low:
             found["gap"] = 100 * (found["AP"] - low) / (high - low)
             if self is not hr and self is not lr:
@@ -228,10 +243,24 @@ class Evaluation:
         return found
 
 
-def to_markdown(tables: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """A table a factor."""
-    parts = []
-    for factor, table in tables.items():
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """The plain detector over resolutions, and a table a factor."""
+    parts = [
+        "\n".join(
+            [
+                f"| times smaller | {' | '.join(results['curve'])} |",
+                "| --- " * (len(results["curve"]) + 1) + "|",
+                *(
+                    f"| {name} | "
+                    + " | ".join(_number(row[name]) for row in results["curve"].values())
+                    + " |"
+                    for name in ("AP", "AP50")
+                ),
+            ]
+        )
+        + "\n"
+    ]
+    for factor, table in results["tables"].items():
         lines = [
             f"LR: {factor} times smaller, and back:\n",
             f"|  | {' | '.join(HEADINGS)} |",

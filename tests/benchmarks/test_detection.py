@@ -28,6 +28,8 @@ from featxfer import Recipe, ScaledDegradation, VOCDevkit, open_images
 from featxfer.voc import ObjectBoxes
 from featxfer_integrations import fit_transfer, transfers_of
 
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "detection"
+
 
 def objects(boxes: list[list[float]], labels: list[int], hard: list[bool]) -> ObjectBoxes:
     return ObjectBoxes(
@@ -200,8 +202,9 @@ def test_the_table_of_every_method(
     assert {name: table["heads, untrained"][name] for name in COLUMNS} == pytest.approx(
         plain, nan_ok=True
     )
-    assert to_markdown(results["tables"]) == (out / "summary.md").read_text()
+    assert to_markdown(results) == (out / "summary.md").read_text()
     assert results["images"] == {"trainval": 4, "test": 2}
+    assert results["curve"]["2"]["AP"] == pytest.approx(plain["AP"])
     assert [len(table[label]["AP of seeds"]) for label in ("LR", "blocks on the pyramid")] == [1, 2]
     with Image.open(out / "boxes.png") as picture:
         assert picture.width > picture.height
@@ -272,3 +275,12 @@ def test_bad_options_are_told(kit: Path, option: str, value: str, message: str) 
     run = CliRunner().invoke(main, ["--root", str(kit), option, value])
     assert run.exit_code == 2
     assert message in run.output
+
+
+RESULTS = sorted((FOLDER / "results").glob("*"))
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_the_readme_shows_what_the_results_hold(folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    assert to_markdown(results) in (FOLDER / "README.md").read_text() + "\n"

@@ -194,6 +194,7 @@ class ScaledDegradation(BaseDegradation):
     def __post_init__(self) -> None:
         if not 1 <= self.factor < float("inf"):
             raise ValueError(f"factor: got {self.factor!r}, wanted a finite number >= 1")
+        object.__setattr__(self, "factor", float(self.factor))
         self._check_kernel()
 
     def hr(self, image: Tensor) -> Tensor:

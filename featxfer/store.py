@@ -224,14 +224,9 @@ class StoredRows:
         ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
         owners = torch.searchsorted(ends, indices.contiguous(), right=True)
-        return torch.stack(
-            [
-                self.parts[part][row]
-                for part, row in zip(
-                    owners.tolist(), (indices - starts[owners]).tolist(), strict=True
-                )
-            ]
-        )
+        rows = (indices - starts[owners]).tolist()
+        found = [self.parts[part][row] for part, row in zip(owners.tolist(), rows, strict=True)]
+        return torch.stack(found) if found else self.parts[0][:0]
 
 
 def _mapped(path: Path) -> Tensor:
@@ -264,7 +259,7 @@ def _describe(data: bytes) -> dict[str, Any]:
     return described
 
 
-def align(stores: Sequence[Rows]) -> None:
+def align(stores: Sequence[Rows | StoredRows]) -> None:
     """Raises `StoreError` unless all hold the same images in the same order."""
     first = stores[0]
     for other in stores[1:]:

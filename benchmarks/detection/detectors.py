@@ -201,9 +201,10 @@ def trained(
     """
     torch.manual_seed(0)
     model = build(kind, len(classes), weights)
-    key = json.dumps(
-        [kind, images.fingerprint, list(classes), weights, recipe.to_dict(), versions()]
-    )
+    known = [[part.boxes.tolist(), part.labels.tolist()] for part in objects]
+    shape = [STAGES, CHANNELS, SHORT_SIDE, ANCHORS]
+    said = [kind, images.fingerprint, known, list(classes), weights, shape, recipe.to_dict()]
+    key = json.dumps([*said, versions()])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     path = cache / "detectors" / f"{kind}-{name}.safetensors"
     if not path.is_file():

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from featxfer import (
     kmeans,
     warm_start_head,
 )
-from featxfer.backbone import weights_sha256
 from featxfer_integrations import (
     attach_transfer,
     fit_transfer,
@@ -34,9 +33,17 @@ from featxfer_integrations import (
     transfers_of,
 )
 from featxfer_integrations.attach import find_places, host_of, maps_at
-from featxfer_integrations.boxes import MOST_ROWS, PER_IMAGE, Sampler, fill_box_stores
+from featxfer_integrations.boxes import (
+    DRAW,
+    MOST_ROWS,
+    OBJECT,
+    PER_IMAGE,
+    Sampler,
+    detector_key,
+    fill_box_stores,
+)
 from featxfer_integrations.deep import BlockPlan, block_width
-from featxfer_integrations.detector_blocks import BOXES, DETECTOR_RECIPE, HR_SHARE
+from featxfer_integrations.detector_blocks import BOXES, DETECTOR_RECIPE, HR_SHARE, PROBE
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,13 @@ class Setting:
     def to_dict(self) -> dict[str, Any]:
         """What the outcome of a method hangs on, as JSON types."""
         return {
-            "detector": weights_sha256(self.detector),
+            "detector": detector_key(self.detector),
             "images": self.images.fingerprint,
             "view": self.view.to_dict(),
             "seed": self.seed,
             "recipes": [FEATURES_RECIPE.to_dict(), DETECTOR_RECIPE.to_dict()],
-            "boxes": [PER_IMAGE, BOXES],
-            "hr_share": HR_SHARE,
+            "boxes": [DRAW, PER_IMAGE, MOST_ROWS, OBJECT],
+            "blocks": [BOXES, HR_SHARE, PROBE],
         }
 
     def fitted(self, *attached: Mapping[str, Any], **options: Any) -> nn.Module:
@@ -190,16 +197,18 @@ class Method:
         label: of the row.
         run: from a setting to a detector.
         seeded: whether the seed changes it.
+        choices: what it hangs on besides its label and setting, as JSON types.
     """
 
     label: str
     run: Callable[[Setting], nn.Module]
     seeded: bool = True
+    choices: Mapping[str, Any] = field(default_factory=dict)
 
 
 METHODS: Mapping[str, Method] = {
     "identity": Method("heads, untrained", identity, seeded=False),
-    "ridge": Method("ridge regression of boxes' features", ridge, seeded=False),
+    "ridge": Method("ridge regression of boxes' features", ridge),
     "nearest": Method("heads: the paper's nearest labels", nearest),
     "boxes": Method("heads: class branch", lambda s: s.fitted({"where": "boxes"})),
     "both": Method("heads: class and box branch", lambda s: s.fitted({"branch": "both"})),
@@ -211,9 +220,14 @@ METHODS: Mapping[str, Method] = {
 
 
 def _blocks(
-    *stages: int, epochs: float = 1, rate: float = 1, objective: str = "prototypes"
-) -> Callable[..., Any]:
-    """A method: blocks after stages, trained at times the usual number of epochs and rate."""
+    label: str,
+    stages: tuple[int, ...] = (2, 3, 4),
+    *,
+    epochs: float = 1,
+    rate: float = 1,
+    objective: str = "prototypes",
+) -> Method:
+    """Blocks after stages, trained at times the usual number of epochs and rate."""
     recipe = dataclasses.replace(
         DETECTOR_RECIPE,
         epochs=round(epochs * DETECTOR_RECIPE.epochs),
@@ -224,19 +238,20 @@ def _blocks(
         places = sized(setting, *({"at": f"stage{stage}"} for stage in stages))
         return setting.fitted(*places, block_recipe=recipe, objective=objective)
 
-    return run
+    choices = {"stages": stages, "recipe": recipe.to_dict(), "objective": objective}
+    return Method(label, run, choices=choices)
 
 
 TUNING: Mapping[str, Method] = {
-    "default": Method("blocks after 1/8, 1/16 and 1/32", _blocks(2, 3, 4)),
-    "all": Method("after 1/4, 1/8, 1/16 and 1/32", _blocks(1, 2, 3, 4)),
-    "early": Method("after 1/4 and 1/8", _blocks(1, 2)),
-    "late": Method("after 1/16 and 1/32", _blocks(3, 4)),
-    "last": Method("after 1/32 alone", _blocks(4)),
-    "half": Method("default, half the epochs", _blocks(2, 3, 4, epochs=0.5)),
-    "twice": Method("default, twice the epochs", _blocks(2, 3, 4, epochs=2)),
-    "slow": Method("default, half the learning rate", _blocks(2, 3, 4, rate=0.5)),
-    "fast": Method("default, twice the learning rate", _blocks(2, 3, 4, rate=2)),
-    "regression": Method("default, boxes by regression", _blocks(2, 3, 4, objective="regression")),
+    "default": _blocks("blocks after 1/8, 1/16 and 1/32"),
+    "all": _blocks("after 1/4, 1/8, 1/16 and 1/32", (1, 2, 3, 4)),
+    "early": _blocks("after 1/4 and 1/8", (1, 2)),
+    "late": _blocks("after 1/16 and 1/32", (3, 4)),
+    "last": _blocks("after 1/32 alone", (4,)),
+    "half": _blocks("default, half the epochs", epochs=0.5),
+    "twice": _blocks("default, twice the epochs", epochs=2),
+    "slow": _blocks("default, half the learning rate", rate=0.5),
+    "fast": _blocks("default, twice the learning rate", rate=2),
+    "regression": _blocks("default, boxes by regression", objective="regression"),
 }
 """What blocks hang on: by the name that `--methods` takes with `--tune`. Blocks cost the same."""

@@ -21,7 +21,7 @@ from benchmarks.detection.pictures import side_by_side
 from benchmarks.memo import Memo
 from benchmarks.versions import versions
 from featxfer import FEATURES_RECIPE, BaseDegradation, ScaledDegradation, VOCDevkit
-from featxfer.backbone import weights_sha256
+from featxfer_integrations.boxes import detector_key
 from featxfer_integrations.detector_blocks import DETECTOR_RECIPE
 
 RESAMPLES = 200
@@ -101,7 +101,7 @@ class Study:
         judged = self.devkit.images(self.test).fingerprint
         if method is None or view is None:
             seen = None if view is None else view.to_dict()
-            key = {"detector": weights_sha256(self.detector), "view": seen, "judged": judged}
+            key = {"detector": detector_key(self.detector), "view": seen, "judged": judged}
             return memo.get(key, lambda: {"lr": self.detect(self.detector, view)})
         images = self.devkit.images(self.train)
         setting = Setting(self.detector, images, view, self.cache, seed)
@@ -110,7 +110,8 @@ class Study:
             model = method.run(setting)
             return {"lr": self.detect(model, view), "hr": self.detect(model, None)}
 
-        return memo.get({**setting.to_dict(), "method": method.label, "judged": judged}, compute)
+        key = {**setting.to_dict(), "method": method.label, **method.choices, "judged": judged}
+        return memo.get(key, compute)
 
 
 def run(

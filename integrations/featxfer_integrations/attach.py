@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from featxfer import BaseDegradation, Preprocessing
+from featxfer import BaseDegradation, FeatureTransferHead, Preprocessing
 from featxfer.artifact import check_fit, load_head
 from featxfer.backbone import frozen, weights_sha256
 from featxfer.hub import TransferModule, find_files
@@ -158,8 +158,8 @@ def attach_transfer(
         raise AttachError(f"head: got one for {len(places)} places; name one by where=: {names}")
     if output is not None and any(place.block for place in places):
         raise ValueError(f"output: a block has none, got it with where={where!r}")
-    if output == "clusters" and detector_host(model) is not None:
-        raise ValueError("output: got 'clusters', which a detector's predictor does not fit")
+    if output == "clusters":
+        _refuse_clusters(model, "output")
     modules: list[TransferModule] = []
     for place in places:
         width, options = _sizes_at(model, place, in_features)
@@ -204,10 +204,17 @@ def _given(
             f"{source}: got a {module.kind}, wanted a {place.kind.kind} "
             f"({'a head takes no at=' if place.block else 'a block needs at='})"
         )
+    if isinstance(module, FeatureTransferHead) and module.output == "clusters":
+        _refuse_clusters(model, source)
     sha256 = None if module.card is None else backbone_sha256(model, place)
     check_fit(module, module.card, source, in_features=width, backbone_sha256=sha256)
     _warn_of_degradation(module, degradation)
     return module
+
+
+def _refuse_clusters(model: nn.Module, source: str) -> None:
+    if detector_host(model) is not None:
+        raise ValueError(f"{source}: got 'clusters', which a detector's predictor does not fit")
 
 
 def save_transfers(model: nn.Module, folder: str | Path) -> Path:

@@ -19,16 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from tqdm import tqdm
 
-from featxfer import BaseDegradation, FeatureStore, ImageError, Images
+from featxfer import BaseDegradation, Images
 from featxfer.backbone import frozen, weights_sha256
 from featxfer.features import software_versions
-from featxfer.store import Manifest, Rows, StoredRows
-from featxfer_integrations._attach import AttachError, Place, disabled, is_attached
+from featxfer.store import FeatureStore, Manifest, Rows, StoredRows, align
+from featxfer_integrations._attach import (
+    CHILD,
+    AttachError,
+    Place,
+    disabled,
+    is_attached,
+    transfers_of,
+)
+from featxfer_integrations.torchvision_detection import box_places
 
 CLASS, REGRESSION = "boxes_class", "boxes_regression"
 """How places of detectors without proposals are named, before the level."""
@@ -48,6 +57,12 @@ OBJECT = 0.05
 NOTHING = -1
 """Label of what is missing to `PER_IMAGE`."""
 
+DRAW = 2
+"""Of the rule by which boxes are drawn: another rule is another key of the stores."""
+
+KEPT = 5
+"""Numbers that are kept of a box beside its features: its label and `Sample.drawn`."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -56,10 +71,13 @@ class Sample:
     Args:
         views: features `(b, d)`, a tensor a view.
         labels: what the detector predicts on the HR view, int64 `(b,)`; 0 is background.
+        drawn: which boxes, float32 `(b, 4)`; of detectors without proposals the position's index
+            in the first column. Later views take the same again.
     """
 
     views: list[Tensor]
     labels: Tensor
+    drawn: Tensor
 
 
 class Sampler:
@@ -83,31 +101,43 @@ class Sampler:
         self.widths = {place.name: place.width or 0 for place in places}
 
     @torch.no_grad()
-    def __call__(self, views: Sequence[Tensor], index: int) -> dict[str, Sample]:
+    def __call__(
+        self, views: Sequence[Tensor], index: int, known: Mapping[str, Sample] | None = None
+    ) -> dict[str, Sample]:
         """Samples by place.
 
         Args:
             views: uint8 `(3, h, w)`, of one size. The first is HR, and seen without blocks.
             index: of the image.
+            known: what was drawn of it before, by place.
         """
         images, maps = levels_of(self.model, views)
         if hasattr(self.model, "roi_heads"):
-            return self._boxes(images, maps, index)
-        return self._positions(maps, index)
+            return self._boxes(images, maps, index, known or {})
+        return self._positions(maps, index, known or {})
 
-    def _boxes(self, images: ImageList, maps: dict[str, Tensor], index: int) -> dict[str, Sample]:
-        boxes = self.propose(images, maps, index)
-        count = len(images.image_sizes)
-        if not len(boxes):
-            return {
-                place.name: Sample([torch.empty(0, 0)] * count, torch.empty(0, dtype=torch.int64))
-                for place in self.places
-            }
-        rows, labels = self._pooled(maps, [boxes] * count, images.image_sizes)
-        return {
-            place.name: Sample([part.cpu() for part in rows[place.name].chunk(count)], labels)
-            for place in self.places
-        }
+    def _boxes(
+        self,
+        images: ImageList,
+        maps: dict[str, Tensor],
+        index: int,
+        known: Mapping[str, Sample],
+    ) -> dict[str, Sample]:
+        count, found = len(images.image_sizes), {}
+        like = next(iter(maps.values()))
+        for place in self.places:
+            if place.name in known:
+                boxes = known[place.name].drawn.to(like)
+            else:
+                boxes = self.propose(images, maps, index)
+            rows, labels = [torch.empty(0, 0)] * count, torch.empty(0, dtype=torch.int64)
+            if len(boxes):
+                pooled, labels = self._pooled(place, maps, [boxes] * count, images.image_sizes)
+                rows = [part.cpu() for part in pooled.chunk(count)]
+            if place.name in known:
+                labels = known[place.name].labels
+            found[place.name] = Sample(rows, labels, boxes.float().cpu())
+        return found
 
     def propose(self, images: ImageList, maps: dict[str, Tensor], index: int) -> Tensor:
         """Boxes `(b, 4)` on the first image, `per_image` of those proposed; `index` is its own."""
@@ -127,18 +157,19 @@ class Sampler:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
     def _pooled(
-        self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Features at each place, view by view, and the labels of the first view."""
-        with captured(self.model, self.places) as taken:
+        self,
+        place: Place,
+        maps: dict[str, Tensor],
+        boxes: list[Tensor],
+        sizes: list[tuple[int, int]],
+    ) -> tuple[Tensor, Tensor]:
+        """Features at a place, view by view, and the labels of the first view."""
+        with captured(self.model, [place]) as taken:
             logits = self._logits(maps, boxes, sizes)
-        labels = logits[: len(boxes[0])].argmax(1).cpu()
-        rows = {}
-        for place in self.places:
-            if len(taken[place.name]) != 1 or taken[place.name][0].ndim != 2:
-                raise AttachError(f"where: {place.name!r} has no vector for each box")
-            rows[place.name] = taken[place.name][0]
-        return rows, labels
+        (rows,) = taken[place.name][:1] or [logits[:0, :0]]
+        if len(taken[place.name]) != 1 or rows.ndim != 2 or len(rows) != len(logits):
+            raise AttachError(f"where: {place.name!r} has no vector for each box")
+        return rows, logits[: len(boxes[0])].argmax(1).cpu()
 
     def _logits(
         self, maps: dict[str, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]
@@ -149,33 +180,56 @@ class Sampler:
         logits: Tensor = found[0] if isinstance(found, tuple) else found
         return logits
 
-    def _positions(self, maps: dict[str, Tensor], index: int) -> dict[str, Sample]:
-        with captured(self.model, self.places) as taken:
+    def _positions(
+        self, maps: dict[str, Tensor], index: int, known: Mapping[str, Sample]
+    ) -> dict[str, Sample]:
+        towers = box_places(self.model)
+        wanted = {place.name: place for place in [*towers, *self.places]}
+        with captured(self.model, list(wanted.values())) as taken:
             logits = self.model.head(list(maps.values()))["cls_logits"]
-        if hasattr(self.model.head.classification_head, "module_list"):
-            likely = logits[0].softmax(1)[:, 1:]
-        else:
-            likely = logits[0].sigmoid()
-        scores, labels = likely.max(1)
-        start, samples, chosen = 0, {}, {}
+        likely = self._likely(logits[0], taken, towers)
+        samples: dict[str, Sample] = {}
+        drawn: dict[str, Tensor] = {}
         for place in self.places:
-            rows = torch.cat([level.flatten(2) for level in taken[place.name]], 2).movedim(1, 2)
-            positions = rows.shape[1]
             level = place.name.removeprefix(CLASS).removeprefix(REGRESSION)
-            if place.name.startswith(CLASS):
-                conv = self.model.get_submodule(place.inputs[0])
-                anchors = conv.out_channels // logits.shape[2]
-                part = slice(start, start + anchors * positions)
-                best, anchor = scores[part].reshape(positions, anchors).max(1)
-                kinds = labels[part].reshape(positions, anchors).gather(1, anchor[:, None])[:, 0]
-                kinds = torch.where(best < OBJECT, 0, kinds + 1).cpu()
-                start += anchors * positions
-                best, chance = best.cpu(), self.chance(index)
-                chosen[level] = half_balanced(kinds, best, self.per_image, chance), kinds
-            indices, kinds = chosen[level]
-            rows = rows[:, indices.to(rows.device)].cpu()
-            samples[place.name] = Sample(list(rows), kinds[indices])
+            level = level if level in likely else ""
+            labels, scores = likely.get(level, (torch.empty(0), torch.empty(0)))
+            seen = taken[place.name]
+            count = sum(part[0, 0].numel() for part in seen if part.ndim == 4)
+            if not count or count != len(labels):
+                raise AttachError(f"where: {place.name!r} has no vector for each position")
+            rows = torch.cat([part.flatten(2) for part in seen], 2).movedim(1, 2)
+            if place.name in known:
+                drawn[level] = known[place.name].drawn[:, 0].long()
+            elif level not in drawn:
+                chance = self.chance(index)
+                drawn[level] = half_balanced(labels, scores, self.per_image, chance)
+            chosen = drawn[level]
+            kinds = known[place.name].labels if place.name in known else labels[chosen]
+            which = F.pad(chosen[:, None].float(), (0, 3))
+            rows = rows[:, chosen.to(rows.device)].cpu()
+            samples[place.name] = Sample(list(rows), kinds, which)
         return samples
+
+    def _likely(
+        self, logits: Tensor, taken: Mapping[str, list[Tensor]], towers: Sequence[Place]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """By level: of each position the likeliest class, 0 for background, and its score."""
+        if hasattr(self.model.head.classification_head, "module_list"):
+            likely = logits.softmax(1)[:, 1:]
+        else:
+            likely = logits.sigmoid()
+        scores, labels = (part.cpu() for part in likely.max(1))
+        start, found = 0, {}
+        for place in towers:
+            anchors = self.model.get_submodule(place.inputs[0]).out_channels // logits.shape[1]
+            positions = sum(part.shape[2] * part.shape[3] for part in taken[place.name])
+            part = slice(start, start + anchors * positions)
+            best, anchor = scores[part].reshape(positions, anchors).max(1)
+            kinds = labels[part].reshape(positions, anchors).gather(1, anchor[:, None])[:, 0]
+            found[place.name.removeprefix(CLASS)] = torch.where(best < OBJECT, 0, kinds + 1), best
+            start += anchors * positions
+        return found
 
 
 def levels_of(model: nn.Module, views: Sequence[Tensor]) -> tuple[ImageList, dict[str, Tensor]]:
@@ -254,35 +308,34 @@ class BoxStores:
     """What is kept of all images at one place: a row an image, its boxes one after the other.
 
     Args:
-        labels: `per_image` labels, `NOTHING` for each box that is missing.
+        drawn: `per_image * KEPT` numbers: label, `NOTHING` for each box that is missing, and
+            `Sample.drawn`.
         views: `per_image * d` numbers: of the HR view, of each LR view, and where there are blocks
             of the HR view as it is through them.
     """
 
-    labels: FeatureStore
+    drawn: FeatureStore
     views: list[FeatureStore]
 
     @property
     def all(self) -> list[FeatureStore]:
         """Every store."""
-        return [self.labels, *self.views]
+        return [self.drawn, *self.views]
 
     def read(self, images: Tensor, most: int, seed: int) -> tuple[list[Tensor], Tensor]:
         """Features of boxes in each view, `(n, d)`, and their labels; `most` of these images'.
 
         Where there are more, half are balanced over labels and the rest drawn by chance.
         """
-        stored = self.labels.open_rows()
-        labels = stored.take(images).to(torch.int64)
+        stored = [store.open_rows() for store in self.all]
+        align(stored)
+        labels = stored[0].take(images).unflatten(1, (-1, KEPT))[..., 0].to(torch.int64)
         rows, slots = (labels != NOTHING).nonzero(as_tuple=True)
         generator = torch.Generator().manual_seed(seed)
         chances = torch.rand(len(rows), generator=generator)
         kept = half_balanced(labels[rows, slots], chances, most, generator).sort().values
         rows, slots = rows[kept], slots[kept]
-        views = [
-            _boxes_of(store.open_rows(), images, rows, slots, labels.shape[1])
-            for store in self.views
-        ]
+        views = [_boxes_of(of_view, images, rows, slots, labels.shape[1]) for of_view in stored[1:]]
         return views, labels[rows, slots]
 
 
@@ -299,12 +352,7 @@ def _boxes_of(
 
 
 def fill_box_stores(
-    sampler: Sampler,
-    images: Images,
-    degradations: Sequence[BaseDegradation],
-    cache: Path,
-    *,
-    on_error: str = "raise",
+    sampler: Sampler, images: Images, degradations: Sequence[BaseDegradation], cache: Path
 ) -> dict[str, BoxStores]:
     """The finished stores of all places; what the cache has is not computed again.
 
@@ -313,19 +361,23 @@ def fill_box_stores(
         images: see `featxfer.open_images`.
         degradations: of the LR views.
         cache: folder of the stores.
-        on_error: "raise" at an image that cannot be read, or "skip" it.
 
     Raises:
-        ImageError: an image cannot be read and `on_error` is "raise".
+        ImageError: an image cannot be read.
         ValueError: features that are not finite; the image is named.
         StoreError, DiskError: as `FeatureStore`.
     """
     manifest = _manifest(sampler, images)
     stores = {}
     for place in sampler.places:
-        common = {"place": place.name, "per_image": sampler.per_image, "seed": sampler.seed}
+        common = {
+            "place": [place.name, place.inputs[:1], place.outputs],
+            "per_image": sampler.per_image,
+            "seed": sampler.seed,
+            "draw": [DRAW, OBJECT],
+        }
         described = [
-            {**common, "view": "labels"},
+            {**common, "view": "drawn"},
             {**common, **degradations[0].describe_view("hr")},
             *({**common, **degradation.describe_view("lr")} for degradation in degradations),
         ]
@@ -340,7 +392,7 @@ def fill_box_stores(
     size = manifest.part_rows
     with tqdm(total=len(missing) * size, unit="img", desc="boxes", disable=None) as bar:
         for part in missing:
-            _fill_part(sampler, images, degradations, stores, part, on_error, bar)
+            _fill_part(sampler, images, degradations, stores, part, bar)
     return stores
 
 
@@ -350,64 +402,67 @@ def _fill_part(
     degradations: Sequence[BaseDegradation],
     stores: Mapping[str, BoxStores],
     part: int,
-    on_error: str,
     bar: Any,
 ) -> None:
-    ids: list[str] = []
-    skipped: dict[str, str] = {}
+    """Computes a part of all stores; boxes that are on disk already are taken again."""
+    known = {
+        name: place.drawn.read_part(part).features.unflatten(1, (-1, KEPT))
+        for name, place in stores.items()
+        if part not in place.drawn.missing_parts()
+    }
     samples: dict[str, list[Sample]] = {name: [] for name in stores}
     through = is_attached(sampler.model)
+    rows = range(part * PART_ROWS, min(len(images), (part + 1) * PART_ROWS))
     with frozen(sampler.model):
-        for index in range(part * PART_ROWS, min(len(images), (part + 1) * PART_ROWS)):
+        for slot, index in enumerate(rows):
             bar.update()
-            try:
-                image = images.read(index)
-            except ImageError as error:
-                if on_error == "raise":
-                    raise
-                skipped[images.ids[index]] = str(error)
-                continue
+            image = images.read(index)
             hr = degradations[0].hr(image)
             views = [hr, *(view.lr(image) for view in degradations), *([hr] if through else [])]
-            for name, sample in sampler(views, index).items():
+            before = {name: _unpacked(kept[slot]) for name, kept in known.items()}
+            for name, sample in sampler(views, index, before).items():
                 if not all(bool(torch.isfinite(rows).all()) for rows in sample.views):
                     raise ValueError(
                         f"images: features of {images.ids[index]} at {name!r} are not finite"
                     )
                 samples[name].append(sample)
-            ids.append(images.ids[index])
+    ids = tuple(images.ids[index] for index in rows)
     for name, place in stores.items():
         shape = (len(ids), sampler.per_image, sampler.widths[name])
-        rows_of = _as_rows(samples[name], shape, len(place.views))
-        for store, rows in zip(place.all, rows_of, strict=True):
-            store.write_part(part, Rows(tuple(ids), rows, skipped))
+        packed = _packed(samples[name], shape, len(place.views))
+        for store, features in zip(place.all, packed, strict=True):
+            store.write_part(part, Rows(ids, features))
 
 
-def _as_rows(
+def _unpacked(kept: Tensor) -> Sample:
+    """What was drawn of one image, of its `(per_image, KEPT)` numbers."""
+    there = kept[kept[:, 0] != NOTHING]
+    return Sample([], there[:, 0].long(), there[:, 1:])
+
+
+def _packed(
     samples: Sequence[Sample], shape: tuple[int, int, int], views_count: int
 ) -> list[Tensor]:
-    """Labels and features of some images, a row an image; `shape` is `(images, boxes, d)`."""
-    labels = torch.full(shape[:2], float(NOTHING))
+    """What was drawn and features, a row an image; `shape` is `(images, boxes, d)`."""
+    drawn = torch.full((*shape[:2], KEPT), float(NOTHING))
     views = [torch.zeros(shape) for _ in range(views_count)]
     for row, sample in enumerate(samples):
-        labels[row, : len(sample.labels)] = sample.labels.float()
+        drawn[row, : len(sample.labels), 0] = sample.labels.float()
+        drawn[row, : len(sample.labels), 1:] = sample.drawn
         for rows, features in zip(views, sample.views, strict=True):
             if len(features):
                 rows[row, : len(features)] = features.float()
-    return [labels, *(rows.flatten(1) for rows in views)]
+    return [drawn.flatten(1), *(rows.flatten(1) for rows in views)]
 
 
 def _manifest(sampler: Sampler, images: Images) -> Manifest:
     model = sampler.model
-    layers = [repr(module) for _, module in model.named_children()]
     transform = model.transform
     return Manifest(
         view={},
         backbone=type(model).__name__,
         host=f"torchvision {torchvision.__version__}",
-        architecture_sha256=hashlib.sha256(
-            "\n".join([*layers, settings(model)]).encode()
-        ).hexdigest(),
+        architecture_sha256=detector_key(model),
         weights_sha256=weights_sha256(model),
         preprocessing={"mean": list(transform.image_mean), "std": list(transform.image_std)},
         precision="fp32",
@@ -418,12 +473,44 @@ def _manifest(sampler: Sampler, images: Images) -> Manifest:
     )
 
 
-def settings(model: nn.Module) -> str:
-    """Numbers that proposals hang on and that are neither weights nor layers, as JSON."""
+LEFT_BEHIND = ("scales", "cell_anchors")
+"""What a run leaves in torchvision's modules: no settings."""
+
+
+def detector_key(model: nn.Module) -> str:
+    """A hash of all that detections hang on: layers, numbers that are no weights, and weights.
+
+    The same in every process, before and after a run.
+    """
     known = vars(nn.Module())
-    found = {}
+    settings: dict[str, Any] = {}
     for name, module in model.named_modules():
+        if name.partition(".")[0] == CHILD:
+            continue
         for key, value in vars(module).items():
-            if key not in known and isinstance(value, int | float | str | list | tuple | dict):
-                found[f"{name}.{key}"] = repr(value)
-    return json.dumps(found, sort_keys=True)
+            if key not in known and key not in LEFT_BEHIND:
+                settings[f"{name}.{key}"] = _plain(value)
+    layers = [repr(child) for name, child in model.named_children() if name != CHILD]
+    attached = (
+        {name: module.config for name, module in transfers_of(model).items()}
+        if is_attached(model)
+        else {}
+    )
+    described = [type(model).__name__, torchvision.__version__, layers, settings, attached]
+    text = json.dumps([*described, weights_sha256(model)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it; None for what is none."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if type(value).__module__.startswith("torchvision.models.detection") and not isinstance(
+        value, nn.Module
+    ):
+        return [type(value).__name__, _plain(vars(value))]
+    return None

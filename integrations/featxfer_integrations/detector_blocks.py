@@ -55,6 +55,12 @@ HR_SHARE = 0.5
 PROBE = 16
 """Images whose maps give a block its input statistics, and levels their variance."""
 
+POSITIONS = 4_096
+"""Of an image's maps, at the most, that give a block its input statistics."""
+
+REPORTED = 4_096
+"""Boxes or parts of maps of held-out images that are reported on, at the most."""
+
 BOXES = 16
 """Boxes of an image that are compared, where the detector proposes some."""
 
@@ -101,7 +107,7 @@ class Pyramid(nn.Module):
     """A copy of a detector up to what its heads see, frozen but for the blocks in it.
 
     Args:
-        model: the detector; what is attached to it is left out.
+        model: the detector; what is attached to it is left out. The copy is in float32.
         precision: "fp32", or "bf16" for autocast of the backbone.
     """
 
@@ -110,7 +116,7 @@ class Pyramid(nn.Module):
         self.host: Any = copy.deepcopy(model)
         if is_attached(self.host):
             remove_all(self.host)
-        self.host.eval().requires_grad_(False)
+        self.host.eval().requires_grad_(False).float()
         self.precision = precision
 
     def attach(self, place: Place, block: FeatureTransferBlock) -> None:
@@ -302,7 +308,7 @@ def train_detector_blocks(
         seed: of the clusters and of the order of rows.
         recipe: by default `DETECTOR_RECIPE`.
         hr_share: of the images, the share that each epoch sees as HR images too.
-        checkpoint: a file that training goes on from; None: cannot be resumed.
+        checkpoint: a file that training goes on from, and that stays; None: cannot be resumed.
         callback: called after each epoch.
 
     Returns:
@@ -327,8 +333,6 @@ def train_detector_blocks(
         callback=callback,
     )
     pyramid.eval()
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
     if judged is None:
         return log, []
     reports = [_report(judged, view) for view in range(len(degradations))]
@@ -351,10 +355,13 @@ def _report(rows: Views, view: int) -> HeldOutPairs | None:
             with disabled(pyramid.host):
                 before = pyramid(batch)
             for index, seen in enumerate((before, pyramid(batch))):
-                found[start + index].append(_vectors(seen))
+                found[start + index].append(_vectors(seen).cpu())
     if not found[0]:
         return None
-    lr, lr_after, hr, hr_after = (torch.cat(part).cpu() for part in found)
+    lr, lr_after, hr, hr_after = (torch.cat(part) for part in found)
+    if len(hr) > REPORTED:
+        chosen = torch.randperm(len(hr), generator=torch.Generator().manual_seed(0))[:REPORTED]
+        lr, lr_after, hr, hr_after = (part[chosen] for part in (lr, lr_after, hr, hr_after))
     directions = nn.functional.normalize(hr, dim=1)
     centroids = kmeans(directions, max(1, min(100, len(hr) // 10)), seed=0).centroids
     return HeldOutPairs(
@@ -400,24 +407,27 @@ def _prepare(
         for view in range(len(rows.degradations) + 1):
             batch, seen = rows.take(torch.tensor([2 * (view * total + image)]))
             for place in places:
-                maps[place.name].append(take_enabled_feature(pyramid.host, place, batch.images))
+                found = take_enabled_feature(pyramid.host, place, batch.images)
+                channels_last = blocks[place.name].layout == "nhwc"
+                rows_of = (found if channels_last else found.movedim(1, -1)).flatten(0, 2)
+                maps[place.name].append(rows_of[:: -(-len(rows_of) // POSITIONS)].cpu())
         levels = list(seen.levels.values())
         spread.append(torch.stack([level.var(correction=0) for level in levels]))
         if seen.boxes is not None:
-            features.append(seen.boxes)
+            features.append(seen.boxes.cpu())
     for place in places:
-        channels_first = [part.flatten(2) for part in maps[place.name]]
-        joined = torch.cat([part.movedim(1, 0).flatten(1) for part in channels_first], 1)
-        blocks[place.name].set_input_statistics(joined[None, :, :, None])
+        joined = torch.cat(maps[place.name])[None, :, None]
+        channels_last = blocks[place.name].layout == "nhwc"
+        blocks[place.name].set_input_statistics(joined if channels_last else joined.movedim(-1, 1))
     variances = torch.stack(spread).mean(0)
     if not bool((variances > 0).all()):
         raise ValueError("images: the detector's maps of them do not vary")
     of_boxes = None
-    found = torch.cat(features) if features else torch.empty(0, 0)
-    if len(found) >= 2 and float(found.var(0).sum()) > 0:
-        k = max(1, min(clusters, len(found) // 10))
-        centroids = kmeans(nn.functional.normalize(found, dim=1), k, seed=seed).centroids
-        variance = float((found - found.mean(0)).square().sum(1).mean())
+    boxes = torch.cat(features) if features else torch.empty(0, 0)
+    if len(boxes) >= 2 and float(boxes.var(0).sum()) > 0:
+        k = max(1, min(clusters, len(boxes) // 10))
+        centroids = kmeans(nn.functional.normalize(boxes, dim=1), k, seed=seed).centroids
+        variance = float((boxes - boxes.mean(0)).square().sum(1).mean())
         of_boxes = make_objective(objective, [centroids], variance)
     return PyramidDistance(variances.tolist(), of_boxes)
 
@@ -432,5 +442,7 @@ def estimate_seconds(rows: Views, recipe: Recipe) -> float:
         seen = rows.pyramid(batch)
         torch.stack([level.square().mean() for level in seen.levels.values()]).sum().backward()
         rows.pyramid.zero_grad(set_to_none=True)
+        if batch.images.is_cuda:
+            torch.cuda.synchronize(batch.images.device)
         took = time.perf_counter() - start
     return took * recipe.epochs * math.ceil(len(order) / recipe.batch_size)

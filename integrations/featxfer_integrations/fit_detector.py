@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from featxfer import (
     FEATURES_RECIPE,
@@ -19,13 +20,14 @@ from featxfer import (
     Card,
     EpochLog,
     FeatureTransferHead,
+    ImageError,
     Images,
     Recipe,
     diagnose,
     fit_features_head,
     kmeans,
 )
-from featxfer.backbone import weights_sha256
+from featxfer._checks import check_integer
 from featxfer.features import software_versions
 from featxfer.hub import TransferModule
 from featxfer.pseudo_labels import LabelDiagnostics
@@ -46,11 +48,13 @@ from featxfer_integrations._fitting import (
     tell,
 )
 from featxfer_integrations.attach import backbone_sha256, find_places, host_of, maps_at
-from featxfer_integrations.boxes import MOST_ROWS, Sampler, fill_box_stores, settings
+from featxfer_integrations.boxes import DRAW, MOST_ROWS, Sampler, detector_key, fill_box_stores
 from featxfer_integrations.deep import BlockPlan, bf16_is_fast, new_blocks
 from featxfer_integrations.detector_blocks import (
+    BOXES,
     DETECTOR_RECIPE,
     HR_SHARE,
+    PROBE,
     Pyramid,
     Views,
     estimate_seconds,
@@ -107,7 +111,9 @@ class DetectorTask:
 
 def fit_detector(task: DetectorTask) -> TransferFit:
     """Trains blocks, or heads, or what is attached, and leaves it attached; see `fit_transfer`."""
+    check_integer("seed", task.seed, at_least=0)
     places = _places(task)
+    task, skipped = _readable(task)
     plans = [_plan(task.model, place) for place in places if place.block]
     heads = [place for place in places if not place.block]
     precision = task.precision
@@ -127,12 +133,14 @@ def fit_detector(task: DetectorTask) -> TransferFit:
     for fitted in fits:
         for module, place in fitted.modules:
             put(task.model, place, module)
+        if fitted.checkpoint is not None:
+            fitted.checkpoint.unlink(missing_ok=True)
     return TransferFit(
         [entry for fitted in fits for entry in fitted.fit.log],
         [part for fitted in fits for part in fitted.fit.diagnostics],
         [part for fitted in fits for part in fitted.fit.held_out],
         fits[0].fit.images,
-        fits[-1].fit.skipped,
+        skipped,
         fits[0].fit.depth,
         fits[0].fit.blocks_log,
     )
@@ -140,10 +148,40 @@ def fit_detector(task: DetectorTask) -> TransferFit:
 
 @dataclass(frozen=True)
 class _Fitted:
-    """A report, and what goes where."""
+    """A report, what goes where, and the checkpoint that is needed until it is there."""
 
     fit: TransferFit
     modules: list[tuple[TransferModule, Place]]
+    checkpoint: Path | None = None
+
+
+def _readable(task: DetectorTask) -> tuple[DetectorTask, dict[str, str]]:
+    """The task with the images that can be read, and why others cannot, if they may be skipped.
+
+    Raises `ValueError` if there are none.
+    """
+    images, skipped, kept = task.images, {}, []
+    if task.on_error == "raise":
+        return task, {}
+    for index in tqdm(range(len(images)), desc="readable images", unit="img", disable=None):
+        try:
+            images.read(index)
+        except ImageError as error:
+            skipped[images.ids[index]] = str(error)
+        else:
+            kept.append(index)
+    if not kept:
+        reason = next(iter(skipped.values()))
+        raise ValueError(f"images: none of {len(images)} could be read: {reason}")
+    if not skipped:
+        return task, {}
+    said = f"{images.fingerprint} without {json.dumps(sorted(skipped))}"
+    readable = Images(
+        tuple(images.ids[index] for index in kept),
+        lambda row: images.read(kept[row]),
+        hashlib.sha256(said.encode()).hexdigest(),
+    )
+    return dataclasses.replace(task, images=readable), skipped
 
 
 def _is_chosen(task: DetectorTask) -> bool:
@@ -155,6 +193,8 @@ def _is_chosen(task: DetectorTask) -> bool:
 def _places(task: DetectorTask) -> list[Place]:
     """Places to train at: those named, or all that are attached, or those of the depth."""
     model = task.model
+    if task.at is not None and task.where is not None:
+        raise ValueError("where, at: got both, wanted one of them for a detector")
     if task.at is not None:
         names = [task.at] if isinstance(task.at, str) else list(task.at)
         places = [place for name in names for place in find_places(model, at=name)]
@@ -169,6 +209,11 @@ def _places(task: DetectorTask) -> list[Place]:
         raise ValueError(f"depth: got 'pooled', but blocks go to {', '.join(blocks)}")
     if task.depth == "deep" and not blocks:
         raise ValueError(f"depth: got 'deep', but a head goes to {places[0].name!r}")
+    outside = [place.module for place in places if place.block and place.run is None]
+    if outside:
+        raise AttachError(
+            f"at: blocks are trained through the backbone, and {outside[0]!r} is not in it"
+        )
     known = {place.name for place in places}
     attached = list(transfers_of(model)) if is_attached(model) else []
     others = [name for name in attached if name not in known]
@@ -216,16 +261,17 @@ def _fit_blocks(
         return None
     tell(f"training blocks takes about {seconds / 60:.1f} minutes")
     key = [
-        weights_sha256(pyramid.host),
-        settings(pyramid.host),
+        detector_key(pyramid.host),
         task.images.fingerprint,
         [view.to_json() for view in task.views],
         [[plan.place.name, blocks[plan.module].config] for plan in plans],
         recipe.to_dict(),
         [task.seed, task.held_out, task.objective, task.clusters, pyramid.precision],
+        [HR_SHARE, BOXES, PROBE, DRAW],
         software_versions(),
     ]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    checkpoint = task.cache / "training" / f"{name}.safetensors"
     with epochs(recipe, "training blocks") as advance:
         log, held_out = train_detector_blocks(
             pyramid,
@@ -239,7 +285,7 @@ def _fit_blocks(
             clusters=task.clusters or 100,
             seed=task.seed,
             recipe=recipe,
-            checkpoint=task.cache / "training" / f"{name}.safetensors",
+            checkpoint=checkpoint,
             callback=advance,
         )
     fit = TransferFit([], [], held_out, len(train), {}, "deep", log)
@@ -247,7 +293,7 @@ def _fit_blocks(
         blocks[plan.module].card = _card(
             task, plan.place, fit, log, recipe, precision=pyramid.precision
         )
-    return _Fitted(fit, [(blocks[plan.module], plan.place) for plan in plans])
+    return _Fitted(fit, [(blocks[plan.module], plan.place) for plan in plans], checkpoint)
 
 
 def _fit_heads(task: DetectorTask, host: nn.Module, places: Sequence[Place], depth: str) -> _Fitted:
@@ -255,15 +301,14 @@ def _fit_heads(task: DetectorTask, host: nn.Module, places: Sequence[Place], dep
     recipe = task.recipe or FEATURES_RECIPE
     sampler = Sampler(host, places, seed=task.seed)
     folder = task.cache / "boxes"
-    stores = fill_box_stores(sampler, task.images, task.views, folder, on_error=task.on_error)
+    stores = fill_box_stores(sampler, task.images, task.views, folder)
+    train, test = task.split()
     log: list[EpochLog] = []
     diagnostics: list[LabelDiagnostics] = []
     held_out: list[HeldOutPairs] = []
     modules: list[tuple[TransferModule, Place]] = []
     for place in places:
         kept = stores[place.name]
-        stored = kept.labels.open_rows()
-        train, test = split(len(stored.ids), task.held_out, task.seed)
         views, labels = kept.read(train, MOST_ROWS, task.seed)
         if not len(labels):
             raise ValueError(
@@ -292,14 +337,14 @@ def _fit_heads(task: DetectorTask, host: nn.Module, places: Sequence[Place], dep
         lr = given[: len(task.views)]
         diagnostics += [diagnose(hr, rows, clustering.centroids) for rows in lr]
         found: list[HeldOutPairs] = []
-        if len(test):
-            judged, _ = kept.read(test, MOST_ROWS // 16, task.seed)
+        judged, _ = kept.read(test, MOST_ROWS // 16, task.seed)
+        if len(judged[0]):
             low = judged[1 : 1 + len(task.views)]
             hr_again = judged[-1] if depth == "deep" else judged[0]
             through = [head.transfer(rows) for rows in (*low, hr_again)]
             found = reports(judged[0], low, through, clustering)
         held_out += found
-        fit = TransferFit(of_head, diagnostics, found, len(train), dict(stored.skipped), depth)
+        fit = TransferFit(of_head, diagnostics, found, len(train), {}, depth)
         head.card = _card(task, place, fit, of_head, recipe, boxes=len(hr), precision="fp32")
         modules.append((head, place))
     fit = TransferFit(log, diagnostics, held_out, fit.images, fit.skipped, depth)

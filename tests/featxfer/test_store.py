@@ -90,6 +90,16 @@ def test_a_finished_part_is_never_rewritten(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+def test_rows_are_taken_from_the_disk_by_index(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, MANIFEST)
+    fill(store)
+    stored, rows = store.open_rows(), store.read()
+    assert stored.ids == rows.ids
+    for chosen in ([7, 0, 3, 3], [8], []):
+        indices = torch.tensor(chosen, dtype=torch.int64)
+        assert torch.equal(stored.take(indices), rows.features[indices])
+
+
 def test_an_incomplete_store_says_which_part(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, MANIFEST)
     store.write_part(0, part(0))

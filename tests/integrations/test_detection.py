@@ -309,6 +309,11 @@ def test_images_without_any_box_and_with_one(threshold: float) -> None:
         ({"where": "fpn9"}, AttachError, "no module 'fpn9'"),
         ({"at": "stage9"}, AttachError, "the backbone has no stage9; it has stage0 = backbone"),
         ({"output": "clusters"}, ValueError, "output: got 'clusters', which a detector's"),
+        (
+            {"head": FeatureTransferHead(48, 7, output="clusters")},
+            ValueError,
+            "head: got 'clusters', which a detector's predictor does not fit",
+        ),
         ({"where": "fpn", "output": "features"}, ValueError, "output: a block has none"),
         (
             {"where": "fpn", "head": FeatureTransferBlock(16, 4)},

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from featxfer import (
     Degradation,
@@ -32,10 +36,12 @@ from featxfer_integrations import (
 from featxfer_integrations._attach import is_attached
 from featxfer_integrations.attach import find_places
 from featxfer_integrations.boxes import (
+    KEPT,
     NOTHING,
     PER_IMAGE,
     Sampler,
     balanced,
+    detector_key,
     fill_box_stores,
     half_balanced,
 )
@@ -200,8 +206,127 @@ def test_rare_labels_get_their_share_of_half_the_rows(
     rarest = int(torch.where(counts > 0, counts, 10_000).argmin())
     share = most // 2 // int((counts > 0).sum())
     assert int(kept[rarest]) >= min(int(counts[rarest]), share)
-    stored = stores.labels.read().features
-    assert int((stored != NOTHING).sum()) == len(labels)
+    stored = stores.drawn.read().features.unflatten(1, (-1, KEPT))
+    assert int((stored[..., 0] != NOTHING).sum()) == len(labels)
+
+
+def test_later_views_are_of_the_boxes_that_were_drawn_first(
+    detector: nn.Module, discs: Path, tmp_path: Path
+) -> None:
+    """Though the detector, by then, would propose others."""
+    images, places = open_images(discs), find_places(detector, where="boxes")
+    sampler = Sampler(detector, places, per_image=12, seed=0)
+    first = fill_box_stores(sampler, images, [LR], tmp_path)[places[0].name]
+    sampler.chance = lambda index: torch.Generator().manual_seed(99)  # type: ignore[method-assign]
+    other = fill_box_stores(sampler, images, [ScaledDegradation(1)], tmp_path)[places[0].name]
+    everything = torch.arange(len(images))
+    (hr, lr), labels = first.read(everything, 10_000, 0)
+    (hr_again, same), labels_again = other.read(everything, 10_000, 0)
+    assert torch.equal(labels, labels_again)
+    assert torch.equal(hr, hr_again)
+    torch.testing.assert_close(same, hr)
+    assert not torch.allclose(lr, hr)
+    sampler = Sampler(detector, places, per_image=12, seed=0)
+    sampler.chance = lambda index: torch.Generator().manual_seed(99)  # type: ignore[method-assign]
+    drawn_anew = fill_box_stores(sampler, images, [LR], tmp_path / "new")[places[0].name]
+    assert not torch.equal(drawn_anew.read(everything, 10_000, 0)[0][0], hr)
+
+
+def test_a_key_is_the_same_before_and_after_a_run_and_in_another_process(
+    detector: nn.Module, discs: Path
+) -> None:
+    attach_transfer(detector, where="backbone", hidden_features=8)
+    script = (
+        "import sys, torch\n"
+        f"sys.path[:0] = {sys.path!r}\n"
+        "from tests.integrations.conftest import make_detector\n"
+        "from featxfer_integrations import attach_transfer\n"
+        "from featxfer_integrations.boxes import detector_key\n"
+        "from safetensors.torch import load_file\n"
+        "model = make_detector(sys.argv[1])\n"
+        "attach_transfer(model, where='backbone', hidden_features=8)\n"
+        "model.load_state_dict(load_file(sys.argv[2]))\n"
+        "print(detector_key(model))\n"
+    )
+    kind = {"FasterRCNN": "faster r-cnn", "RetinaNet": "retinanet"}[type(detector).__name__]
+    weights = discs.parent / f"{kind}.safetensors"
+    safetensors.torch.save_file(detector.state_dict(), weights)
+    key = detector_key(detector)
+    detect(detector, discs)
+    assert detector_key(detector) == key
+    run = subprocess.run(
+        [sys.executable, "-c", script, kind, str(weights)],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert run.stdout.strip() == key
+
+
+def test_a_key_hangs_on_settings_layers_blocks_and_weights(by_hand: Any) -> None:
+    model = by_hand("faster r-cnn")
+    keys = [detector_key(model)]
+    model.roi_heads.score_thresh = 0.123
+    keys.append(detector_key(model))
+    model.rpn.box_coder.weights = (2.0, 2.0, 1.0, 1.0)
+    keys.append(detector_key(model))
+    model.transform.min_size = (99,)
+    keys.append(detector_key(model))
+    attach_transfer(model, where="fpn0", hidden_features=8)
+    keys.append(detector_key(model))
+    nn.init.ones_(model.rpn.head.cls_logits.bias)
+    keys.append(detector_key(model))
+    assert len(set(keys)) == len(keys)
+
+
+def test_labels_of_a_level_are_the_same_without_the_other_levels() -> None:
+    torch.manual_seed(0)
+    few = {"score_thresh": 0.0, "detections_per_img": 5, "topk_candidates": 20}
+    model: Any = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, **few).eval()
+    places = find_places(model, where="boxes", branch="both")
+    image = torch.randint(256, (3, 200, 220), dtype=torch.uint8)
+    views = [image, LR.lr(image)]
+    together = Sampler(model, places, seed=0)(views, 0)
+    for place in (places[1], places[-2]):
+        alone = Sampler(model, [place], seed=0)(views, 0)[place.name]
+        assert torch.equal(alone.labels, together[place.name].labels)
+        assert torch.equal(alone.drawn, together[place.name].drawn)
+        assert torch.equal(alone.views[1], together[place.name].views[1])
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help")
+def test_heads_of_the_regression_branch_and_of_named_modules(
+    by_hand: Any, discs: Path, tmp_path: Path
+) -> None:
+    model = by_hand("retinanet")
+    attach_transfer(model, where="boxes_regression", branch="both")
+    assert fit(model, discs, tmp_path).depth == "pooled"
+    detach_transfer(model)
+    attach_transfer(model, where="head.classification_head.conv", in_features=16)
+    assert len(fit(model, discs, tmp_path).log) == 20
+    detach_transfer(model)
+    attach_transfer(model, where="backbone.neck.layer_blocks.0", in_features=16)
+    with pytest.raises(AttachError, match="'backbone_neck_layer_blocks_0' has no vector for each"):
+        fit(model, discs, tmp_path)
+    rcnn = by_hand("faster r-cnn")
+    attach_transfer(rcnn, where="backbone.neck.layer_blocks.0", in_features=16)
+    with pytest.raises(AttachError, match="has no vector for each box"):
+        fit(rcnn, discs, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
+@pytest.mark.parametrize("options", [{"depth": "pooled"}, {"where": "fpn"}])
+def test_half_precision_detectors_are_trained_in_full(
+    detector: nn.Module, discs: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    whole = copy.deepcopy(detector.bfloat16())
+    fit(detector, discs, tmp_path, **options)
+    for module in transfers_of(detector).values():
+        assert {value.dtype for value in module.parameters()} == {torch.bfloat16}
+    float_host = whole.float()
+    fit(float_host, discs, tmp_path, **options)
+    for mine, wanted in zip(
+        transfers_of(detector).parameters(), transfers_of(float_host).parameters(), strict=True
+    ):
+        assert torch.equal(mine, wanted.bfloat16())
 
 
 @pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
@@ -225,10 +350,10 @@ def test_interrupted_work_goes_on_to_the_same_result(
             raise KeyboardInterrupt
         epoch(self, progress, *args)
 
-    def stopped_call(self: Any, views: Any, index: int) -> Any:
+    def stopped_call(self: Any, views: Any, index: int, known: Any) -> Any:
         if index == 9:
             raise KeyboardInterrupt
-        return call(self, views, index)
+        return call(self, views, index, known)
 
     for owner, name, stop, old in (
         (trainer.PseudoLabelTrainer, "_epoch", stopped_epoch, epoch),
@@ -238,8 +363,10 @@ def test_interrupted_work_goes_on_to_the_same_result(
         with pytest.raises(KeyboardInterrupt):
             fit(other, discs, tmp_path / "two")
         assert all(torch.equal(v, plain[n]) for n, v in other.state_dict().items())
+        assert len(list((tmp_path / "two" / "training").iterdir())) == 1
         monkeypatch.setattr(owner, name, old)
     fit(other, discs, tmp_path / "two")
+    assert not list((tmp_path / "two" / "training").iterdir())
     for first, second in zip(whole.parameters(), other.parameters(), strict=True):
         assert torch.equal(first, second)
 
@@ -280,9 +407,16 @@ def test_images_without_proposals_of_other_kinds_and_broken_ones(
     fitted = fit(detector, folder, tmp_path / "cache", depth="pooled", on_error="skip")
     assert list(fitted.skipped) == ["broken.png"]
     detach_transfer(detector)
-    with pytest.raises(ImageError, match="broken"):
-        fit(detector, folder, tmp_path / "cache", depth="deep")
-    assert not is_attached(detector)
+    for depth in ("deep", "pooled"):
+        with pytest.raises(ImageError, match="broken"):
+            fit(detector, folder, tmp_path / "cache", depth=depth)
+        assert not is_attached(detector)
+    fitted = fit(detector, folder, tmp_path / "cache", depth="deep", on_error="skip")
+    assert list(fitted.skipped) == ["broken.png"]
+    assert fitted.images == 6
+    detach_transfer(detector)
+    with pytest.raises(ValueError, match=r"images: none of 1 could be read: .*broken\.png"):
+        fit(detector, [folder / "broken.png"], tmp_path / "cache", on_error="skip")
     rpn = getattr(detector, "rpn", None)
     if rpn is not None:
         rpn.score_thresh = 2.0
@@ -312,6 +446,9 @@ def test_images_without_proposals_of_other_kinds_and_broken_ones(
         ({"where": "fpn", "depth": "pooled"}, ValueError, "depth: got 'pooled', but blocks go to"),
         ({"where": "boxes", "depth": "deep"}, ValueError, "depth: got 'deep', but a head goes to"),
         ({"where": "nowhere"}, AttachError, "no module 'nowhere'"),
+        ({"where": "boxes", "at": "stage2"}, ValueError, "where, at: got both"),
+        ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"at": "head"}, AttachError, "no module 'head'|'head' is not in it"),
         ({"where": "backbone.neck"}, AttachError, "where: the width at 'backbone_neck' is not"),
     ],
 )

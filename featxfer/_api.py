@@ -4,7 +4,7 @@ from featxfer.artifact import ArtifactError, Card, load_head, save_head
 from featxfer.backbone import Backbone, Preprocessing
 from featxfer.block import FeatureTransferBlock
 from featxfer.degrade import BaseDegradation, Degradation, ScaledDegradation
-from featxfer.features import Features, extract_features, scale_features
+from featxfer.features import Features, extract_features, fill_stores, scale_features
 from featxfer.head import FeatureTransferHead
 from featxfer.images import ImageError, Images, open_images
 from featxfer.metrics import average_precision, confidence_interval, gap_recovered
@@ -89,6 +89,7 @@ __all__ = [
     "confidence_interval",
     "diagnose",
     "extract_features",
+    "fill_stores",
     "fit_features_head",
     "fit_head",
     "gap_recovered",

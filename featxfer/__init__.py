@@ -1,107 +1,22 @@
 """featxfer: label-free transfer of high-resolution features to low-resolution images."""
 
-from featxfer.artifact import ArtifactError, Card, load_head, save_head
-from featxfer.backbone import Backbone, Preprocessing
-from featxfer.block import FeatureTransferBlock
-from featxfer.degrade import BaseDegradation, Degradation, ScaledDegradation
-from featxfer.features import Features, extract_features, scale_features
-from featxfer.head import FeatureTransferHead
-from featxfer.images import ImageError, Images, open_images
-from featxfer.metrics import average_precision, confidence_interval, gap_recovered
-from featxfer.objectives import (
-    OBJECTIVES,
-    InstanceContrast,
-    LabelCrossEntropy,
-    Objective,
-    PairedRegression,
-    PrototypeDistillation,
-    make_objective,
-)
-from featxfer.pairs import PairAgreement, compare_pairs
-from featxfer.pseudo_labels import (
-    Clustering,
-    LabelDiagnostics,
-    assign,
-    centroid_scores,
-    diagnose,
-    kmeans,
-    pseudo_labels,
-)
-from featxfer.store import FeatureStore, StoreError
-from featxfer.svm import PROTOCOLS, LinearSVMs, Protocol, average_precisions, train_svms
-from featxfer.trainer import (
-    BLOCK_RECIPE,
-    FEATURES_RECIPE,
-    CheckpointError,
-    DivergenceError,
-    EpochLog,
-    PseudoLabelTrainer,
-    Recipe,
-    fit_features_head,
-    fit_head,
-    warm_start_head,
-)
-from featxfer.unpaired import UNPAIRED, unpaired_targets
-from featxfer.voc import DevkitError, VOCDevkit
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from featxfer._api import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        """A public name, imported when it is first asked for, so that `featxfer --help` is fast."""
+        from importlib import import_module
+
+        api = import_module("featxfer._api")
+        if name == "__all__" or name in api.__all__:
+            return getattr(api, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})
+
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "BLOCK_RECIPE",
-    "FEATURES_RECIPE",
-    "OBJECTIVES",
-    "PROTOCOLS",
-    "UNPAIRED",
-    "ArtifactError",
-    "Backbone",
-    "BaseDegradation",
-    "Card",
-    "CheckpointError",
-    "Clustering",
-    "Degradation",
-    "DevkitError",
-    "DivergenceError",
-    "EpochLog",
-    "FeatureStore",
-    "FeatureTransferBlock",
-    "FeatureTransferHead",
-    "Features",
-    "ImageError",
-    "Images",
-    "InstanceContrast",
-    "LabelCrossEntropy",
-    "LabelDiagnostics",
-    "LinearSVMs",
-    "Objective",
-    "PairAgreement",
-    "PairedRegression",
-    "Preprocessing",
-    "Protocol",
-    "PrototypeDistillation",
-    "PseudoLabelTrainer",
-    "Recipe",
-    "ScaledDegradation",
-    "StoreError",
-    "VOCDevkit",
-    "assign",
-    "average_precision",
-    "average_precisions",
-    "centroid_scores",
-    "compare_pairs",
-    "confidence_interval",
-    "diagnose",
-    "extract_features",
-    "fit_features_head",
-    "fit_head",
-    "gap_recovered",
-    "kmeans",
-    "load_head",
-    "make_objective",
-    "open_images",
-    "pseudo_labels",
-    "save_head",
-    "scale_features",
-    "train_svms",
-    "unpaired_targets",
-    "warm_start_head",
-]

@@ -111,15 +111,36 @@ def fill_stores(
     precision: str = "fp32",
     on_error: str = "raise",
     views: Sequence[str] = ("hr", "lr"),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, FeatureStore]:
-    """The finished stores of these views; other arguments and errors as `extract_features`.
+    """The stores of these views; other arguments and errors as `extract_features`.
 
-    Rows are kept in the precision of the arithmetic: float32, or bfloat16.
+    Several processes, on any hosts that see the same files, may fill the same stores: each computes
+    the parts whose index is its `rank` modulo `world_size`, if they are missing, and waits for
+    nobody. One that died may be started again, also among another number of processes. A store is
+    finished when it has no `missing_parts`; one process alone finishes it.
+
+    Args:
+        backbone: as `extract_features` has it, like all up to `on_error`.
+        images: the same for all processes.
+        degradation: of the views.
+        cache: a folder that all processes see.
+        batch_size: images a forward pass.
+        part_rows: images a part.
+        precision: of the arithmetic, and of the rows that are kept: float32, or bfloat16.
+        on_error: "raise" or "skip".
+        views: "hr" and "lr", or one of them.
+        rank: of this process, in [0, world_size).
+        world_size: number of processes.
     """
     check_integer("batch_size", batch_size, at_least=1)
     check_integer("part_rows", part_rows, at_least=1)
     check_choice("precision", precision, ("fp32", "bf16"))
     check_choice("on_error", on_error, ("raise", "skip"))
+    check_integer("world_size", world_size, at_least=1)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: got {rank!r}, wanted one of {world_size} processes, from 0")
     fixed = backbone.preprocessing.input_size
     if fixed not in (None, degradation.hr_size):
         raise ValueError(
@@ -133,9 +154,10 @@ def fill_stores(
         )
         for view in views
     }
+    parts = range(rank, manifest.part_count, world_size)
     for store in stores.values():
-        _forget_readable(store, images)
-    _fill(stores, backbone, images, degradation, batch_size, precision, on_error)
+        _forget_readable(store, images, parts)
+    _fill(stores, parts, backbone, images, degradation, batch_size, precision, on_error)
     return stores
 
 
@@ -204,9 +226,9 @@ def _manifest(backbone: Backbone, images: Images, precision: str, part_rows: int
     )
 
 
-def _forget_readable(store: FeatureStore, images: Images) -> None:
-    """Drops the parts that skipped an image which can be read now, so that they are computed."""
-    for index in set(range(store.part_count)) - set(store.missing_parts()):
+def _forget_readable(store: FeatureStore, images: Images, parts: range) -> None:
+    """Drops those parts that skipped an image which can be read now, so that they are computed."""
+    for index in set(parts) - set(store.missing_parts()):
         for name in store.read_part(index).skipped:
             try:
                 images.read(images.ids.index(name))
@@ -224,6 +246,7 @@ def _without(rows: Rows, skipped: Mapping[str, str]) -> Rows:
 
 def _fill(
     stores: dict[str, FeatureStore],
+    wanted: range,
     backbone: Backbone,
     images: Images,
     degradation: Degradation,
@@ -231,8 +254,10 @@ def _fill(
     precision: str,
     on_error: str,
 ) -> None:
-    """Computes the parts that are missing, of each view just the ones that it lacks."""
-    missing = {view: set(store.missing_parts()) for view, store in stores.items()}
+    """Computes those of the wanted parts that are missing, of each view just what it lacks."""
+    missing = {
+        view: set(wanted).intersection(store.missing_parts()) for view, store in stores.items()
+    }
     parts = sorted(set().union(*missing.values()))
     part_rows = next(iter(stores.values())).manifest.part_rows
     ranges = {p: range(p * part_rows, min((p + 1) * part_rows, len(images))) for p in parts}

@@ -20,6 +20,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
 """Pillow's readers that may be used, whatever a file's ending says."""
 
+MAX_PIXELS = 2**27
+"""Larger images are refused before they are decoded: a small file may say that it is huge."""
+
 
 class ImageError(ValueError):
     """An image could not be read; the message names it."""
@@ -141,10 +144,17 @@ def read_image(path: str | Path) -> Tensor:
 
     16-bit greyscale keeps its upper 8 bits; transparency is dropped; of an animation the first
     frame is taken. Raises `ImageError`, which names the file, for anything that does not decode
-    whole.
+    whole, has more than `MAX_PIXELS` or is no ordinary file.
     """
     try:
+        if not Path(path).is_file():  # to open a named pipe would wait for ever
+            raise ValueError("it is not a file")
         with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(
+                    f"it has {width} x {height} pixels, at most {MAX_PIXELS:,} are read"
+                )
             return to_pixels(image)
     except Exception as error:  # Pillow's readers raise all kinds for damaged files
         reason = str(error) or type(error).__name__

@@ -65,6 +65,11 @@ class Manifest:
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     @property
+    def part_count(self) -> int:
+        """Number of parts of the finished store."""
+        return -(-self.image_count // self.part_rows)
+
+    @property
     def key(self) -> str:
         """32 hex digits of the SHA-256 of `to_json`."""
         return _digest(self.to_json().encode())
@@ -132,11 +137,12 @@ class FeatureStore:
     @property
     def part_count(self) -> int:
         """Number of parts of the finished store."""
-        return -(-self.manifest.image_count // self.manifest.part_rows)
+        return self.manifest.part_count
 
     def missing_parts(self) -> list[int]:
         """Indices of the parts that are not on disk yet."""
-        return [index for index in range(self.part_count) if self._find(index) is None]
+        found = self._files()
+        return [index for index in range(self.part_count) if index not in found]
 
     def write_part(self, index: int, rows: Rows) -> None:
         """Writes part `index` unless it is there already; `DiskError` where the disk refuses."""
@@ -156,14 +162,18 @@ class FeatureStore:
 
     def read_part(self, index: int) -> Rows:
         """Reads one part; `StoreError` if it is not there or its bytes are not those written."""
-        _, data = self._whole_part(index)
+        return self._read(index, self._find(index))
+
+    def _read(self, index: int, path: Path | None) -> Rows:
+        _, data = self._whole(index, path)
         described = _describe(data)
         features = safetensors.torch.load(data)["features"]
         return Rows(tuple(described["ids"]), features, described["skipped"])
 
     def read(self) -> Rows:
         """Reads all rows; `StoreError` if a part is missing or damaged."""
-        parts = [self.read_part(index) for index in range(self.part_count)]
+        found = self._files()
+        parts = [self._read(index, found.get(index)) for index in range(self.part_count)]
         return Rows(
             tuple(name for part in parts for name in part.ids),
             torch.cat([part.features for part in parts if part.ids] or [torch.empty(0, 0)]),
@@ -172,30 +182,35 @@ class FeatureStore:
 
     def open_rows(self) -> StoredRows:
         """All rows, left on disk until they are taken; errors as `read`."""
-        described = [self._described(index) for index in range(self.part_count)]
+        found = self._files()
+        described = [self._described(index, found.get(index)) for index in range(self.part_count)]
         return StoredRows(
             tuple(name for part, _ in described for name in part["ids"]),
             [_mapped(path) for part, path in described if part["ids"]],
             {n: reason for part, _ in described for n, reason in part["skipped"].items()},
         )
 
-    def _described(self, index: int) -> tuple[dict[str, Any], Path]:
-        path, data = self._whole_part(index)
+    def _described(self, index: int, found: Path | None) -> tuple[dict[str, Any], Path]:
+        path, data = self._whole(index, found)
         return _describe(data), path
 
     def damaged_parts(self) -> list[Path]:
         """The files of finished parts whose bytes are not those that were written."""
         return damaged_parts(self.directory)
 
-    def _whole_part(self, index: int) -> tuple[Path, bytes]:
+    def _whole(self, index: int, path: Path | None) -> tuple[Path, bytes]:
         """File and bytes of one part; errors as `read_part`."""
-        path = self._find(index)
         if path is None:
             raise StoreError(f"{self.directory}: part {index} of {self.part_count} is missing")
         data = path.read_bytes()
         if not _is_whole(path, data):
             raise StoreError(f"{path} is damaged; delete it and run again to compute it anew")
         return path, data
+
+    def _files(self) -> dict[int, Path]:
+        """The file of each part that is there, by one look at the folder; of several as `_find`."""
+        found = sorted(self.directory.glob("part-*.safetensors"), reverse=True)
+        return {int(path.name.split(".")[0].removeprefix("part-")): path for path in found}
 
     def _find(self, index: int) -> Path | None:
         """The part's file; the first by name, should two processes have rounded differently."""

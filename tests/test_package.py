@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -29,6 +30,36 @@ def heavy_modules_after(statement: str) -> list[str]:
 
 def test_importing_the_core_loads_nothing_heavy() -> None:
     assert heavy_modules_after("import featxfer") == []
+
+
+def test_help_is_told_without_torch() -> None:
+    """Under 0.3 s of the processor's time, the best of three; every command is listed."""
+    code = (
+        "import sys, time\n"
+        f"sys.path[:0] = [{str(CORE.parent)!r}, {str(INTEGRATIONS.parent)!r}]\n"
+        "from featxfer.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print('seconds', time.process_time())\n"
+    )
+    seconds = []
+    for _ in range(3):
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        for command in ("cache", "env", "extract", "fit", "show"):
+            assert f"\n  {command} " in run.stdout
+        seconds.append(float(run.stdout.split("seconds")[1]))
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("package", [featxfer, featxfer_integrations])
+def test_public_names_are_there_and_others_are_not(package: ModuleType) -> None:
+    names: list[str] = getattr(package, "__all__")  # noqa: B009
+    assert set(names) <= set(dir(package))
+    assert all(getattr(package, name) is not None for name in names)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = package.nothing
 
 
 @pytest.mark.parametrize("module", ["sklearn", "torchvision"])
@@ -62,7 +93,7 @@ def test_no_pickle_in_the_packages() -> None:
 
 
 def test_public_names_exist_and_are_documented() -> None:
-    for name in featxfer.__all__:
+    for name in getattr(featxfer, "__all__"):  # noqa: B009
         value = getattr(featxfer, name)
         assert value.__doc__ or not callable(value), name
 

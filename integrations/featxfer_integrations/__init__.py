@@ -1,34 +1,19 @@
 """Hosts that featxfer plugs into: which models there are, their weights, where features are."""
 
-from featxfer_integrations._attach import AttachError, transfers_of
-from featxfer_integrations._fitting import HeldOutPairs, TransferFit
-from featxfer_integrations.attach import (
-    attach_transfer,
-    detach_transfer,
-    load_transfers,
-    save_transfers,
-    train_transfer_only,
-    transfer_disabled,
-)
-from featxfer_integrations.backbones import BackboneError, load_backbone, load_model
-from featxfer_integrations.corruptions import CorruptedDegradation
-from featxfer_integrations.fit import backbone_of, fit_transfer
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AttachError",
-    "BackboneError",
-    "CorruptedDegradation",
-    "HeldOutPairs",
-    "TransferFit",
-    "attach_transfer",
-    "backbone_of",
-    "detach_transfer",
-    "fit_transfer",
-    "load_backbone",
-    "load_model",
-    "load_transfers",
-    "save_transfers",
-    "train_transfer_only",
-    "transfer_disabled",
-    "transfers_of",
-]
+if TYPE_CHECKING:
+    from featxfer_integrations._api import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        """A public name, imported when it is first asked for, so that `featxfer --help` is fast."""
+        from importlib import import_module
+
+        api = import_module("featxfer_integrations._api")
+        if name == "__all__" or name in api.__all__:
+            return getattr(api, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

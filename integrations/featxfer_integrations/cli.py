@@ -16,6 +16,7 @@ import click
 @click.option("--hr-size", default=224, help="Side of the backbone's input, pixels.")
 @click.option("--cache", type=Path, required=True, help="Folder of the feature stores.")
 @click.option("--precision", default="fp32", help="fp32 or bf16.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--on-error", default="raise", help="At an unreadable image: raise or skip.")
 def extract(
     images: Path,
@@ -26,20 +27,43 @@ def extract(
     hr_size: int,
     cache: Path,
     precision: str,
+    device: str,
     on_error: str,
 ) -> None:
-    """Extract HR and LR features of IMAGES: a folder, a class tree, or a devkit with --split."""
-    from featxfer import Degradation, VOCDevkit, extract_features, open_images
+    """Extract HR and LR features of IMAGES: a folder, a class tree, or a devkit with --split.
+
+    Under torchrun every process computes its own parts; what is missing at the end is told, and
+    the same command, with any number of processes, computes that.
+    """
+    import os
+
+    import torch
+
+    from featxfer import Degradation, VOCDevkit, extract_features, fill_stores, open_images
     from featxfer_integrations import load_backbone
 
     source = VOCDevkit(images).images(split) if split else open_images(images)
+    rank, world_size, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if device == "auto":
+        gpus = torch.cuda.device_count()
+        device = f"cuda:{local % gpus}" if gpus else "cpu"
+    loaded = load_backbone(backbone, weights)
+    loaded.module.to(device)
+    degradation = Degradation(hr_size, lr_size)
+    if world_size > 1:
+        stores = fill_stores(
+            loaded, source, degradation, cache, precision=precision, on_error=on_error,
+            rank=rank, world_size=world_size,
+        )  # fmt: skip
+        for filled in stores.values():
+            left, count = len(filled.missing_parts()), filled.part_count
+            click.echo(f"process {rank}: {filled.directory}, {left} of {count} parts are missing")
+        return
     features = extract_features(
-        load_backbone(backbone, weights),
-        source,
-        Degradation(hr_size, lr_size),
-        cache,
-        precision=precision,
-        on_error=on_error,
+        loaded, source, degradation, cache, precision=precision, on_error=on_error
     )
     for name, reason in features.skipped.items():
         click.echo(f"skipped {name}: {reason}", err=True)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import timm
 import torch
 from click.testing import CliRunner
 
+from featxfer import FeatureStore
 from featxfer.cli import main
 
 
@@ -31,6 +35,28 @@ def stores(image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     lines = output.splitlines()
     assert lines[0] == "10 images, 96 features"
     return Path(lines[1]), Path(lines[2])
+
+
+def test_extract_under_torchrun(
+    stores: tuple[Path, Path], image_folder: Path, tmp_path: Path
+) -> None:
+    """Two processes; ten images are one part, so one of them has nothing to do."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+        "-m", "featxfer.cli", "extract", image_folder, "--backbone", "timm/test_resnet",
+        "--weights", tmp_path / "w.safetensors", "--cache", tmp_path / "two",
+    ]  # fmt: skip
+    done = subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, check=True
+    )
+    for alone in stores:
+        together = tmp_path / "two" / alone.name
+        for rank in range(2):
+            assert f"process {rank}: {together}, " in done.stdout
+        rows, wanted = (FeatureStore.open(folder).read() for folder in (together, alone))
+        assert rows.ids == wanted.ids
+        torch.testing.assert_close(rows.features, wanted.features, rtol=1e-5, atol=1e-6)
 
 
 def test_extract_fit_and_show(stores: tuple[Path, Path], tmp_path: Path) -> None:

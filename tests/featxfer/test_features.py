@@ -15,7 +15,9 @@ from featxfer import (
     ImageError,
     Images,
     Preprocessing,
+    StoreError,
     extract_features,
+    fill_stores,
     open_images,
     scale_features,
 )
@@ -129,6 +131,46 @@ def test_interrupted_and_resumed(backbone: Backbone, image_folder: Path, tmp_pat
     assert decoded[100:] == [4, 5, 6, 7, 8, 9], "two parts were finished before"
     assert torch.equal(resumed.hr, undisturbed.hr)
     assert torch.equal(resumed.lr, undisturbed.lr)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_any_number_of_processes_gives_the_same_rows(
+    backbone: Backbone, image_folder: Path, tmp_path: Path, processes: int
+) -> None:
+    """Of 1 to 10 images, two a part, the processes in any order, one of them started twice."""
+    files = sorted(image_folder.iterdir())
+    for count in range(1, len(files) + 1):
+        images = open_images(files[:count])
+        alone = extract_features(backbone, images, DEGRADATION, tmp_path / "one", part_rows=2)
+        cache = tmp_path / f"{processes}"
+        for rank in [*reversed(range(processes)), 0]:
+            before = set(cache.rglob("part-*"))
+            stores = fill_stores(
+                backbone, images, DEGRADATION, cache, part_rows=2, rank=rank, world_size=processes
+            )
+            new = {int(path.name[5:11]) for path in set(cache.rglob("part-*")) - before}
+            assert all(index % processes == rank for index in new)
+        assert [store.missing_parts() for store in stores.values()] == [[], []]
+        hr, lr = (store.read() for store in stores.values())
+        assert (hr.ids, lr.ids) == (images.ids, images.ids)
+        assert torch.equal(hr.features, alone.hr)
+        assert torch.equal(lr.features, alone.lr)
+
+
+def test_a_process_that_died_is_made_up_for_by_others(
+    backbone: Backbone, image_folder: Path, tmp_path: Path
+) -> None:
+    images = open_images(image_folder)
+    options: dict[str, Any] = {"part_rows": 2, "world_size": 3}
+    for rank in (0, 2):
+        stores = fill_stores(backbone, images, DEGRADATION, tmp_path, rank=rank, **options)
+    assert stores["hr"].missing_parts() == [1, 4]
+    with pytest.raises(StoreError, match="part 1 of 5 is missing"):
+        stores["hr"].read()
+    features = extract_features(backbone, images, DEGRADATION, tmp_path, part_rows=2)
+    assert features.ids == images.ids
+    with pytest.raises(ValueError, match="rank: got 3, wanted one of 3 processes, from 0"):
+        fill_stores(backbone, images, DEGRADATION, tmp_path, rank=3, **options)
 
 
 def test_modes_are_restored_and_statistics_unmoved(

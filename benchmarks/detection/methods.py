@@ -242,6 +242,16 @@ def _blocks(
     return Method(label, run, choices=choices)
 
 
+def _heads(label: str, epochs: float) -> Method:
+    """Heads on boxes, trained for times the usual number of epochs."""
+    recipe = dataclasses.replace(FEATURES_RECIPE, epochs=round(epochs * FEATURES_RECIPE.epochs))
+
+    def run(setting: Setting) -> nn.Module:
+        return setting.fitted({"where": "boxes"}, recipe=recipe)
+
+    return Method(label, run, choices={"recipe": recipe.to_dict()})
+
+
 TUNING: Mapping[str, Method] = {
     "default": _blocks("blocks after 1/8, 1/16 and 1/32"),
     "all": _blocks("after 1/4, 1/8, 1/16 and 1/32", (1, 2, 3, 4)),
@@ -253,5 +263,8 @@ TUNING: Mapping[str, Method] = {
     "slow": _blocks("default, half the learning rate", rate=0.5),
     "fast": _blocks("default, twice the learning rate", rate=2),
     "regression": _blocks("default, boxes by regression", objective="regression"),
+    "heads": _heads("heads: class branch", 1),
+    "heads-half": _heads("these, half the epochs", 0.5),
+    "heads-quarter": _heads("these, a quarter of the epochs", 0.25),
 }
-"""What blocks hang on: by the name that `--methods` takes with `--tune`. Blocks cost the same."""
+"""What transfers hang on: by the name for `--methods` with `--tune`. All blocks cost the same."""

@@ -37,6 +37,7 @@ from featxfer_integrations._attach import (
     is_attached,
     transfers_of,
 )
+from featxfer_integrations._fitting import tell
 from featxfer_integrations.torchvision_detection import box_places
 
 CLASS, REGRESSION = "boxes_class", "boxes_regression"
@@ -390,6 +391,10 @@ def fill_box_stores(
     every = [store for place in stores.values() for store in place.all]
     missing = sorted({part for store in every for part in store.missing_parts()})
     size = manifest.part_rows
+    if missing:
+        numbers = sum(sampler.widths[name] * len(place.views) for name, place in stores.items())
+        gigabytes = 4e-9 * sampler.per_image * numbers * len(missing) * size
+        tell(f"features of boxes take up to {gigabytes:.1f} GB in {cache}")
     with tqdm(total=len(missing) * size, unit="img", desc="boxes", disable=None) as bar:
         for part in missing:
             _fill_part(sampler, images, degradations, stores, part, bar)

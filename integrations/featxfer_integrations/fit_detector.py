@@ -129,7 +129,7 @@ def fit_detector(task: DetectorTask) -> TransferFit:
         else:
             fits.append(fitted)
     if heads:
-        fits.append(_fit_heads(task, pyramid.host, heads, fits[0].fit.depth if fits else "pooled"))
+        fits.append(_fit_heads(task, pyramid.host, heads, after=plans if fits else []))
     for fitted in fits:
         for module, place in fitted.modules:
             put(task.model, place, module)
@@ -296,8 +296,11 @@ def _fit_blocks(
     return _Fitted(fit, [(blocks[plan.module], plan.place) for plan in plans], checkpoint)
 
 
-def _fit_heads(task: DetectorTask, host: nn.Module, places: Sequence[Place], depth: str) -> _Fitted:
+def _fit_heads(
+    task: DetectorTask, host: nn.Module, places: Sequence[Place], after: Sequence[BlockPlan]
+) -> _Fitted:
     """Heads on boxes or positions, as the host with the blocks that are in it has them."""
+    depth, blocks = ("deep" if after else "pooled"), [plan.place.name for plan in after]
     recipe = task.recipe or FEATURES_RECIPE
     sampler = Sampler(host, places, seed=task.seed)
     folder = task.cache / "boxes"
@@ -345,7 +348,9 @@ def _fit_heads(task: DetectorTask, host: nn.Module, places: Sequence[Place], dep
             found = reports(judged[0], low, through, clustering)
         held_out += found
         fit = TransferFit(of_head, diagnostics, found, len(train), {}, depth)
-        head.card = _card(task, place, fit, of_head, recipe, boxes=len(hr), precision="fp32")
+        head.card = _card(
+            task, place, fit, of_head, recipe, boxes=len(hr), precision="fp32", after=blocks
+        )
         modules.append((head, place))
     fit = TransferFit(log, diagnostics, held_out, fit.images, fit.skipped, depth)
     return _Fitted(fit, modules)

@@ -118,7 +118,7 @@ def test_what_is_trained_is_attached_and_nothing_else_changes(
 
 @pytest.mark.filterwarnings("ignore:blocks do not help")
 def test_blocks_first_and_heads_on_what_comes_through_them(
-    detector: nn.Module, discs: Path, tmp_path: Path
+    detector: nn.Module, discs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     attach_transfer(detector, at="stage3", hidden_features=12)
     attach_transfer(detector, branch="both", hidden_features=20)
@@ -133,6 +133,9 @@ def test_blocks_first_and_heads_on_what_comes_through_them(
     assert all(bool(head.fc2.weight.any()) for head in heads)
     branches = {head.card.details["branch"] for head in heads if head.card}
     assert branches == {"both"}
+    known: Any = heads[0].card
+    assert known.details["after"] == ["backbone_stages_layer3"]
+    assert "features of boxes take up to 0.0 GB in" in capsys.readouterr().err
     saved = save_transfers(detector, tmp_path / "saved")
     other = copy.deepcopy(detect(detector, discs))
     detach_transfer(detector)

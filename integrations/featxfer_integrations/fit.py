@@ -140,7 +140,8 @@ def fit_transfer(
     the HR image; depth "pooled" heads at `where="boxes"`, on features of the same boxes, or of
     positions of detectors without proposals, in both views, half of them balanced by the classes
     that the detector itself predicts and half by chance. Where something is attached already, that
-    is trained: blocks first, then heads on what comes through them.
+    is trained: blocks first, then heads on what comes through them. `where="boxes"` trains heads
+    alone, on what blocks that are attached give, and leaves the blocks as they are.
 
     Args:
         model: as `attach_transfer` takes it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ from featxfer import (
     BaseDegradation,
     Card,
     EpochLog,
+    FeatureTransferBlock,
     FeatureTransferHead,
     ImageError,
     Images,
@@ -113,6 +115,7 @@ def fit_detector(task: DetectorTask) -> TransferFit:
     """Trains blocks, or heads, or what is attached, and leaves it attached; see `fit_transfer`."""
     check_integer("seed", task.seed, at_least=0)
     places = _places(task)
+    standing = _standing(task.model, places)
     task, skipped = _readable(task)
     plans = [_plan(task.model, place) for place in places if place.block]
     heads = [place for place in places if not place.block]
@@ -121,6 +124,8 @@ def fit_detector(task: DetectorTask) -> TransferFit:
         device = next(task.model.parameters()).device
         precision = "bf16" if bf16_is_fast(device) else "fp32"
     pyramid = Pyramid(task.model, precision)
+    for place, block in standing:
+        pyramid.attach(place, copy.deepcopy(block))
     fits = []
     if plans:
         fitted = _fit_blocks(task, pyramid, plans, may_give_up=not _is_chosen(task))
@@ -129,7 +134,9 @@ def fit_detector(task: DetectorTask) -> TransferFit:
         else:
             fits.append(fitted)
     if heads:
-        fits.append(_fit_heads(task, pyramid.host, heads, after=plans if fits else []))
+        blocks = [place.name for place, _ in standing]
+        blocks += [plan.place.name for plan in plans if fits]
+        fits.append(_fit_heads(task, pyramid.host, heads, blocks))
     for fitted in fits:
         for module, place in fitted.modules:
             put(task.model, place, module)
@@ -214,15 +221,30 @@ def _places(task: DetectorTask) -> list[Place]:
         raise AttachError(
             f"at: blocks are trained through the backbone, and {outside[0]!r} is not in it"
         )
-    known = {place.name for place in places}
-    attached = list(transfers_of(model)) if is_attached(model) else []
-    others = [name for name in attached if name not in known]
+    others = [place.name for place in _others(model, places) if blocks or not place.block]
     if others:
         raise AttachError(
             f"model: something is attached at {', '.join(others)}, and what is trained now would "
             "be trained without it; detach_transfer first"
         )
     return [_with_width(model, place) for place in places]
+
+
+def _others(model: nn.Module, places: Sequence[Place]) -> list[Place]:
+    """Where something is attached besides these places."""
+    known = {place.name for place in places}
+    attached = transfers_of(model).places.values() if is_attached(model) else ()
+    return [place for place in attached if place.name not in known]
+
+
+def _standing(
+    model: nn.Module, places: Sequence[Place]
+) -> list[tuple[Place, FeatureTransferBlock]]:
+    """Blocks that are attached and stay as they are while heads are trained on what they give."""
+    attached = [(place, attached_at(model, place)) for place in _others(model, places)]
+    return [
+        (place, module) for place, module in attached if isinstance(module, FeatureTransferBlock)
+    ]
 
 
 def _with_width(model: nn.Module, place: Place) -> Place:
@@ -297,10 +319,10 @@ def _fit_blocks(
 
 
 def _fit_heads(
-    task: DetectorTask, host: nn.Module, places: Sequence[Place], after: Sequence[BlockPlan]
+    task: DetectorTask, host: nn.Module, places: Sequence[Place], after: Sequence[str]
 ) -> _Fitted:
-    """Heads on boxes or positions, as the host with the blocks that are in it has them."""
-    depth, blocks = ("deep" if after else "pooled"), [plan.place.name for plan in after]
+    """Heads on boxes or positions, as the host has them, with the blocks `after` that are in it."""
+    depth = "deep" if after else "pooled"
     recipe = task.recipe or FEATURES_RECIPE
     sampler = Sampler(host, places, seed=task.seed)
     folder = task.cache / "boxes"
@@ -349,7 +371,7 @@ def _fit_heads(
         held_out += found
         fit = TransferFit(of_head, diagnostics, found, len(train), {}, depth)
         head.card = _card(
-            task, place, fit, of_head, recipe, boxes=len(hr), precision="fp32", after=blocks
+            task, place, fit, of_head, recipe, boxes=len(hr), precision="fp32", after=list(after)
         )
         modules.append((head, place))
     fit = TransferFit(log, diagnostics, held_out, fit.images, fit.skipped, depth)

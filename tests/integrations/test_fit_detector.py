@@ -213,6 +213,29 @@ def test_rare_labels_get_their_share_of_half_the_rows(
     assert int((stored[..., 0] != NOTHING).sum()) == len(labels)
 
 
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
+def test_heads_are_trained_on_what_standing_blocks_give(
+    detector: nn.Module, discs: Path, tmp_path: Path
+) -> None:
+    """Step by step as at once, and the blocks stay as they were."""
+    at_once = copy.deepcopy(detector)
+    attach_transfer(at_once, where="fpn", hidden_features=8)
+    attach_transfer(at_once, hidden_features=20)
+    fit(at_once, discs, tmp_path / "one")
+    attach_transfer(detector, where="fpn", hidden_features=8)
+    fit(detector, discs, tmp_path / "two")
+    blocks = copy.deepcopy(transfers_of(detector).state_dict())
+    attach_transfer(detector, hidden_features=20)
+    fitted = fit(detector, discs, tmp_path / "two", where="boxes")
+    assert (fitted.depth, fitted.blocks_log) == ("deep", [])
+    state = transfers_of(detector).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in blocks.items())
+    for name, value in transfers_of(at_once).state_dict().items():
+        assert torch.equal(value, state[name]), name
+    card: Any = transfers_of(detector)[HEADS[type(detector).__name__]].card
+    assert card.details["after"] == ["fpn0", "fpn1", "fpn2"]
+
+
 def test_later_views_are_of_the_boxes_that_were_drawn_first(
     detector: nn.Module, discs: Path, tmp_path: Path
 ) -> None:
@@ -478,7 +501,7 @@ def test_an_empty_folder_and_what_is_attached_elsewhere(
     block = transfers_of(detector)["fpn0"]
     assert isinstance(block, FeatureTransferBlock)
     with pytest.raises(AttachError, match="something is attached at fpn0, and what is trained now"):
-        fit(detector, discs, tmp_path, where="boxes")
+        fit(detector, discs, tmp_path, where="backbone")
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     with pytest.raises(ValueError, match="degradation: got ScaledDegradation, wanted Degradation"):
         fit_transfer(model, discs, where="1", degradation=LR)

@@ -7,6 +7,15 @@ from featxfer.degrade import BaseDegradation, Degradation, ScaledDegradation
 from featxfer.features import Features, extract_features, fill_stores, scale_features
 from featxfer.head import FeatureTransferHead
 from featxfer.images import ImageError, Images, open_images
+from featxfer.labels import (
+    Clustering,
+    LabelDiagnostics,
+    assign,
+    centroid_scores,
+    diagnose,
+    kmeans,
+    pseudo_labels,
+)
 from featxfer.metrics import average_precision, confidence_interval, gap_recovered
 from featxfer.objectives import (
     OBJECTIVES,
@@ -18,15 +27,6 @@ from featxfer.objectives import (
     make_objective,
 )
 from featxfer.pairs import PairAgreement, compare_pairs
-from featxfer.pseudo_labels import (
-    Clustering,
-    LabelDiagnostics,
-    assign,
-    centroid_scores,
-    diagnose,
-    kmeans,
-    pseudo_labels,
-)
 from featxfer.store import FeatureStore, StoreError
 from featxfer.svm import PROTOCOLS, LinearSVMs, Protocol, average_precisions, train_svms
 from featxfer.trainer import (

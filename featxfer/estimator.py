@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from featxfer._checks import check_integer
 from featxfer.head import FeatureTransferHead
-from featxfer.pseudo_labels import Clustering, kmeans
+from featxfer.labels import Clustering, kmeans
 from featxfer.trainer import Recipe, fit_features_head
 
 Rows = npt.NDArray[np.float32]

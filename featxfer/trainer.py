@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from featxfer._checks import ArrayLike, as_features, check_choice, check_integer, check_paired
 from featxfer._files import write_atomic
 from featxfer.head import FeatureTransferHead
+from featxfer.labels import Clustering, pseudo_labels
 from featxfer.objectives import LabelCrossEntropy, Objective, make_objective
-from featxfer.pseudo_labels import Clustering, pseudo_labels
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("steps", "one-cycle")

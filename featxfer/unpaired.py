@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featxfer._checks import ArrayLike, as_features, check_choice
-from featxfer.pseudo_labels import Clustering, assign
+from featxfer.labels import Clustering, assign
 
 
 def moment_targets(

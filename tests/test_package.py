@@ -58,6 +58,8 @@ def test_public_names_are_there_and_others_are_not(package: ModuleType) -> None:
     names: list[str] = getattr(package, "__all__")  # noqa: B009
     assert set(names) <= set(dir(package))
     assert all(getattr(package, name) is not None for name in names)
+    modules = {path.stem for path in Path(str(package.__file__)).parent.glob("*.py")}
+    assert not modules & set(names)  # importing the module would hide the name
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = package.nothing
 

@@ -29,7 +29,7 @@ from featxfer import (
     save_head,
     scale_features,
 )
-from featxfer.pseudo_labels import Clustering
+from featxfer.labels import Clustering
 
 Pair = tuple[Tensor, Tensor]
 """Features of the training rows and of the test rows."""

@@ -11,8 +11,8 @@ from featxfer import PROTOCOLS, Degradation, Recipe
 from featxfer._checks import check_choice, check_integer
 from featxfer.features import SCALINGS
 from featxfer.head import ACTIVATIONS
+from featxfer.labels import ASSIGNMENTS, BACKENDS
 from featxfer.metrics import AVERAGE_PRECISIONS
-from featxfer.pseudo_labels import ASSIGNMENTS, BACKENDS
 
 METHODS = ("paper", "all")
 

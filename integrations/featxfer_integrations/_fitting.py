@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from featxfer import EpochLog, FeatureTransferHead, Recipe
 from featxfer.hub import TransferModule
+from featxfer.labels import Clustering, LabelDiagnostics
 from featxfer.pairs import PairAgreement, compare_pairs
-from featxfer.pseudo_labels import Clustering, LabelDiagnostics
 from featxfer_integrations._attach import Place, attached_at, install
 
 

@@ -29,7 +29,7 @@ from featxfer import (
 from featxfer.backbone import Backbone, frozen
 from featxfer.features import fill_stores
 from featxfer.images import Images, cropped, flipped
-from featxfer.pseudo_labels import Clustering
+from featxfer.labels import Clustering
 from featxfer.store import FeatureStore, StoredRows
 from featxfer_integrations._attach import (
     AttachError,

@@ -43,7 +43,7 @@ from featxfer._checks import check_choice, check_integer
 from featxfer.features import default_cache, fill_stores, software_versions
 from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
-from featxfer.pseudo_labels import Clustering
+from featxfer.labels import Clustering
 from featxfer.unpaired import require_pot
 from featxfer_integrations._attach import (
     CHILD,

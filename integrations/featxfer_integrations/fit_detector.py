@@ -32,7 +32,7 @@ from featxfer import (
 from featxfer._checks import check_integer
 from featxfer.features import software_versions
 from featxfer.hub import TransferModule
-from featxfer.pseudo_labels import LabelDiagnostics
+from featxfer.labels import LabelDiagnostics
 from featxfer_integrations._attach import (
     AttachError,
     Place,

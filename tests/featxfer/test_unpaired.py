@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featxfer import UNPAIRED, assign, kmeans, unpaired_targets
-from featxfer.pseudo_labels import Clustering
+from featxfer.labels import Clustering
 from featxfer.unpaired import moment_targets, transport_targets
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -28,7 +28,7 @@ def figures() -> Callable[..., dict[str, list[float]]]:
     def invoke(command: Command, *arguments: object) -> dict[str, list[float]]:
         result = CliRunner().invoke(command, [str(a) for a in arguments], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        lines = [line.split(": ") for line in result.output.splitlines() if ": " in line]
+        lines = [line.split(": ") for line in result.stdout.splitlines() if ": " in line]
         return {name: [float(f) for f in re.findall(r"\d+\.\d+", text)] for name, text in lines}
 
     return invoke

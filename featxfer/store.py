@@ -146,7 +146,7 @@ class FeatureStore:
 
     def write_part(self, index: int, rows: Rows) -> None:
         """Writes part `index` unless it is there already; `DiskError` where the disk refuses."""
-        if self._find(index) is not None:
+        if index in self._files():
             return
         data = safetensors.torch.save(
             {"features": rows.features.contiguous()},
@@ -162,7 +162,7 @@ class FeatureStore:
 
     def read_part(self, index: int) -> Rows:
         """Reads one part; `StoreError` if it is not there or its bytes are not those written."""
-        return self._read(index, self._find(index))
+        return self._read(index, self._files().get(index))
 
     def _read(self, index: int, path: Path | None) -> Rows:
         _, data = self._whole(index, path)
@@ -208,13 +208,12 @@ class FeatureStore:
         return path, data
 
     def _files(self) -> dict[int, Path]:
-        """The file of each part that is there, by one look at the folder; of several as `_find`."""
+        """The file of each part that is there, by one look at the folder.
+
+        The first by name, should two processes have rounded differently.
+        """
         found = sorted(self.directory.glob("part-*.safetensors"), reverse=True)
         return {int(path.name.split(".")[0].removeprefix("part-")): path for path in found}
-
-    def _find(self, index: int) -> Path | None:
-        """The part's file; the first by name, should two processes have rounded differently."""
-        return min(self.directory.glob(f"part-{index:06d}.*.safetensors"), default=None)
 
 
 @dataclass(frozen=True)

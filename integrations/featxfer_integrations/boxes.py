@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +126,12 @@ class Sampler:
     ) -> dict[str, Sample]:
         count, found = len(images.image_sizes), {}
         like = next(iter(maps.values()))
+        if all(place.name in known for place in self.places):
+            proposed = torch.empty(0, 4)
+        else:
+            proposed = self.propose(images, maps, index)
         for place in self.places:
-            if place.name in known:
-                boxes = known[place.name].drawn.to(like)
-            else:
-                boxes = self.propose(images, maps, index)
+            boxes = known[place.name].drawn.to(like) if place.name in known else proposed
             rows, labels = [torch.empty(0, 0)] * count, torch.empty(0, dtype=torch.int64)
             if len(boxes):
                 pooled, labels = self._pooled(place, maps, [boxes] * count, images.image_sizes)
@@ -323,21 +324,27 @@ class BoxStores:
         """Every store."""
         return [self.drawn, *self.views]
 
+    @cached_property
+    def _rows(self) -> list[StoredRows]:
+        """What is in every store, once all are finished."""
+        stored = [store.open_rows() for store in self.all]
+        align(stored)
+        return stored
+
     def read(self, images: Tensor, most: int, seed: int) -> tuple[list[Tensor], Tensor]:
         """Features of boxes in each view, `(n, d)`, and their labels; `most` of these images'.
 
         Where there are more, half are balanced over labels and the rest drawn by chance.
         """
-        stored = [store.open_rows() for store in self.all]
-        align(stored)
-        labels = stored[0].take(images).unflatten(1, (-1, KEPT))[..., 0].to(torch.int64)
+        drawn, *views = self._rows
+        labels = drawn.take(images).unflatten(1, (-1, KEPT))[..., 0].to(torch.int64)
         rows, slots = (labels != NOTHING).nonzero(as_tuple=True)
         generator = torch.Generator().manual_seed(seed)
         chances = torch.rand(len(rows), generator=generator)
         kept = half_balanced(labels[rows, slots], chances, most, generator).sort().values
         rows, slots = rows[kept], slots[kept]
-        views = [_boxes_of(of_view, images, rows, slots, labels.shape[1]) for of_view in stored[1:]]
-        return views, labels[rows, slots]
+        features = [_boxes_of(view, images, rows, slots, labels.shape[1]) for view in views]
+        return features, labels[rows, slots]
 
 
 def _boxes_of(
@@ -467,7 +474,7 @@ def _manifest(sampler: Sampler, images: Images) -> Manifest:
         view={},
         backbone=type(model).__name__,
         host=f"torchvision {torchvision.__version__}",
-        architecture_sha256=detector_key(model),
+        architecture_sha256=_sha256(_described(model)),
         weights_sha256=weights_sha256(model),
         preprocessing={"mean": list(transform.image_mean), "std": list(transform.image_std)},
         precision="fp32",
@@ -487,6 +494,15 @@ def detector_key(model: nn.Module) -> str:
 
     The same in every process, before and after a run.
     """
+    return _sha256([*_described(model), weights_sha256(model)])
+
+
+def _sha256(described: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _described(model: nn.Module) -> list[Any]:
+    """Layers of a detector, and numbers that are no weights, as JSON types."""
     known = vars(nn.Module())
     settings: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -501,9 +517,7 @@ def detector_key(model: nn.Module) -> str:
         if is_attached(model)
         else {}
     )
-    described = [type(model).__name__, torchvision.__version__, layers, settings, attached]
-    text = json.dumps([*described, weights_sha256(model)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return [type(model).__name__, torchvision.__version__, layers, settings, attached]
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,6 @@ from torch import nn
 from benchmarks.memo import hash_key
 from benchmarks.versions import versions
 from featxfer import (
-    FEATURES_RECIPE,
     BaseDegradation,
     FeatureTransferHead,
     Images,
@@ -32,7 +31,7 @@ from featxfer_integrations import (
     save_transfers,
     transfers_of,
 )
-from featxfer_integrations.attach import find_places, host_of, maps_at
+from featxfer_integrations.attach import find_places
 from featxfer_integrations.boxes import (
     DRAW,
     MOST_ROWS,
@@ -42,8 +41,8 @@ from featxfer_integrations.boxes import (
     detector_key,
     fill_box_stores,
 )
-from featxfer_integrations.deep import BlockPlan, block_width
 from featxfer_integrations.detector_blocks import BOXES, DETECTOR_RECIPE, HR_SHARE, PROBE
+from featxfer_integrations.fit_detector import BOX_RECIPE
 
 
 @dataclass(frozen=True)
@@ -71,26 +70,14 @@ class Setting:
             "images": self.images.fingerprint,
             "view": self.view.to_dict(),
             "seed": self.seed,
-            "recipes": [FEATURES_RECIPE.to_dict(), DETECTOR_RECIPE.to_dict()],
+            "recipes": [BOX_RECIPE.to_dict(), DETECTOR_RECIPE.to_dict()],
             "boxes": [DRAW, PER_IMAGE, MOST_ROWS, OBJECT],
             "blocks": [BOXES, HR_SHARE, PROBE],
         }
 
-    def fitted(self, *attached: Mapping[str, Any], **options: Any) -> nn.Module:
-        """A copy at which this was attached and then trained; the cache keeps what was trained.
-
-        Args:
-            attached: arguments of `attach_transfer`, a call each.
-            options: of `fit_transfer`.
-        """
-        model = copy.deepcopy(self.detector)
-        key = {**self.to_dict(), "attached": list(attached), "versions": versions()}
-        key |= {name: str(value) for name, value in options.items()}
-        folder = self.cache / "detection" / "transfers" / hash_key(key)
-        if folder.is_dir():
-            return load_transfers(model, folder)
-        for arguments in attached:
-            attach_transfer(model, **arguments)
+    def fitted(self, model: nn.Module | None = None, **options: Any) -> nn.Module:
+        """A copy of the detector, or `model` itself, with what `fit_transfer` trains at it."""
+        model = copy.deepcopy(self.detector) if model is None else model
         fit_transfer(
             model,
             self.images,
@@ -99,10 +86,6 @@ class Setting:
             seed=self.seed,
             **options,
         )
-        unfinished = folder.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        save_transfers(model, unfinished)
-        unfinished.rename(folder)
         return model
 
 
@@ -111,33 +94,28 @@ def identity(setting: Setting) -> nn.Module:
     return attach_transfer(copy.deepcopy(setting.detector))
 
 
-def sized(setting: Setting, *places: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Arguments of `attach_transfer`, a call each, with blocks as wide as `fit_transfer` has them.
-
-    Args:
-        setting: of the detector.
-        places: arguments that say where blocks go.
-    """
-    model = copy.deepcopy(setting.detector)
-    found = [place for options in places for place in find_places(model, **options)]
-    plans = [BlockPlan(place.name, place, *maps_at(model, place)) for place in found]
-    host = host_of(model)
-    assert host is not None
-    width = block_width(model, plans, host.input_size(model))
-    return [{**options, "hidden_features": width} for options in places]
+def blocks_alone(setting: Setting) -> nn.Module:
+    """Blocks in the backbone; the cache keeps them, for what comes after them."""
+    key = {**setting.to_dict(), "where": "backbone", "versions": versions()}
+    folder = setting.cache / "detection" / "transfers" / hash_key(key)
+    if folder.is_dir():
+        return load_transfers(copy.deepcopy(setting.detector), folder)
+    model = setting.fitted(where="backbone")
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_transfers(model, unfinished)
+    unfinished.rename(folder)
+    return model
 
 
 def blocks_and_heads(setting: Setting) -> nn.Module:
-    """Blocks in the backbone, and heads on what comes through them."""
-    return setting.fitted(*sized(setting, {"where": "backbone"}), {"where": "boxes"})
+    """Those blocks, and heads on what comes through them."""
+    return setting.fitted(blocks_alone(setting), where="boxes")
 
 
-def blocks_alone(setting: Setting) -> nn.Module:
-    """Those blocks: heads are trained after them, so they are the same as without."""
-    model, both = copy.deepcopy(setting.detector), blocks_and_heads(setting)
-    for place in find_places(model, where="backbone"):
-        attach_transfer(model, transfers_of(both)[place.name], at=place.module)
-    return model
+def both_branches(setting: Setting) -> nn.Module:
+    """Heads on the class and the box branch."""
+    return setting.fitted(attach_transfer(copy.deepcopy(setting.detector), branch="both"))
 
 
 def ridge(setting: Setting) -> nn.Module:
@@ -160,7 +138,14 @@ def nearest(setting: Setting) -> nn.Module:
         labels = assign(nn.functional.normalize(lr, dim=1), clustering.centroids)
         targets = clustering.centroids[labels]
         fit_features_head(
-            head, hr, [lr], clustering, targets=[targets], objective="labels", seed=setting.seed
+            head,
+            hr,
+            [lr],
+            clustering,
+            targets=[targets],
+            objective="labels",
+            recipe=BOX_RECIPE,
+            seed=setting.seed,
         )
 
     return _by_hand(setting, None, fit)
@@ -210,9 +195,9 @@ METHODS: Mapping[str, Method] = {
     "identity": Method("heads, untrained", identity, seeded=False),
     "ridge": Method("ridge regression of boxes' features", ridge),
     "nearest": Method("heads: the paper's nearest labels", nearest),
-    "boxes": Method("heads: class branch", lambda s: s.fitted({"where": "boxes"})),
-    "both": Method("heads: class and box branch", lambda s: s.fitted({"branch": "both"})),
-    "fpn": Method("blocks on the pyramid", lambda s: s.fitted(*sized(s, {"where": "fpn"}))),
+    "boxes": Method("heads: class branch", lambda s: s.fitted(where="boxes")),
+    "both": Method("heads: class and box branch", both_branches),
+    "fpn": Method("blocks on the pyramid", lambda s: s.fitted(where="fpn")),
     "backbone": Method("blocks in the backbone", blocks_alone),
     "all": Method("blocks in the backbone, heads", blocks_and_heads),
 }
@@ -235,8 +220,8 @@ def _blocks(
     )
 
     def run(setting: Setting) -> nn.Module:
-        places = sized(setting, *({"at": f"stage{stage}"} for stage in stages))
-        return setting.fitted(*places, block_recipe=recipe, objective=objective)
+        places = [f"stage{stage}" for stage in stages]
+        return setting.fitted(at=places, block_recipe=recipe, objective=objective)
 
     choices = {"stages": stages, "recipe": recipe.to_dict(), "objective": objective}
     return Method(label, run, choices=choices)
@@ -244,10 +229,10 @@ def _blocks(
 
 def _heads(label: str, epochs: float) -> Method:
     """Heads on boxes, trained for times the usual number of epochs."""
-    recipe = dataclasses.replace(FEATURES_RECIPE, epochs=round(epochs * FEATURES_RECIPE.epochs))
+    recipe = dataclasses.replace(BOX_RECIPE, epochs=round(epochs * BOX_RECIPE.epochs))
 
     def run(setting: Setting) -> nn.Module:
-        return setting.fitted({"where": "boxes"}, recipe=recipe)
+        return setting.fitted(where="boxes", recipe=recipe)
 
     return Method(label, run, choices={"recipe": recipe.to_dict()})
 
@@ -264,7 +249,8 @@ TUNING: Mapping[str, Method] = {
     "fast": _blocks("default, twice the learning rate", rate=2),
     "regression": _blocks("default, boxes by regression", objective="regression"),
     "heads": _heads("heads: class branch", 1),
-    "heads-half": _heads("these, half the epochs", 0.5),
-    "heads-quarter": _heads("these, a quarter of the epochs", 0.25),
+    "heads-half": _heads("heads, half the epochs", 0.5),
+    "heads-twice": _heads("heads, twice the epochs", 2),
+    "heads-four": _heads("heads, four times the epochs", 4),
 }
 """What transfers hang on: by the name for `--methods` with `--tune`. All blocks cost the same."""

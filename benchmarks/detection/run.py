@@ -20,9 +20,10 @@ from benchmarks.detection.methods import Method, Setting
 from benchmarks.detection.pictures import side_by_side
 from benchmarks.memo import Memo
 from benchmarks.versions import versions
-from featxfer import FEATURES_RECIPE, BaseDegradation, ScaledDegradation, VOCDevkit
+from featxfer import BaseDegradation, ScaledDegradation, VOCDevkit
 from featxfer_integrations.boxes import detector_key
 from featxfer_integrations.detector_blocks import DETECTOR_RECIPE
+from featxfer_integrations.fit_detector import BOX_RECIPE
 
 RESAMPLES = 200
 """Of the test images, for the intervals."""
@@ -146,7 +147,7 @@ def run(
             "resamples": RESAMPLES,
             "recipes": {
                 "detector": TRAINING.to_dict(),
-                "heads": FEATURES_RECIPE.to_dict(),
+                "heads": BOX_RECIPE.to_dict(),
                 "blocks": DETECTOR_RECIPE.to_dict(),
             },
         },

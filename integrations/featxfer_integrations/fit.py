@@ -167,8 +167,9 @@ def fit_transfer(
             they need not show what `images` show. They are resized to the model's size and the
             head is trained towards targets that are made without pairs; depth "pooled" alone.
         unpaired: how: a name of `featxfer.UNPAIRED`. Used with `lr_images`.
-        recipe: by default `FEATURES_RECIPE`, or the paper's `Recipe()` for output "clusters".
-        block_recipe: by default `BLOCK_RECIPE`.
+        recipe: by default `FEATURES_RECIPE`, or the paper's `Recipe()` for output "clusters"; for a
+            detector `fit_detector.BOX_RECIPE`.
+        block_recipe: by default `BLOCK_RECIPE`; for a detector `detector_blocks.DETECTOR_RECIPE`.
         crops: of each image, for blocks: random crops that are trained on besides the image and its
             mirror image, as many maps more in the cache; by default as many as bring the views of
             all images to about 10,000, 4 at the most.

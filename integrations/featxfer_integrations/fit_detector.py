@@ -63,6 +63,9 @@ from featxfer_integrations.detector_blocks import (
     train_detector_blocks,
 )
 
+BOX_RECIPE = dataclasses.replace(FEATURES_RECIPE, epochs=20)
+"""For heads in a detector, whose boxes of the training images they fit too closely with more."""
+
 
 @dataclass(frozen=True)
 class DetectorTask:
@@ -323,7 +326,7 @@ def _fit_heads(
 ) -> _Fitted:
     """Heads on boxes or positions, as the host has them, with the blocks `after` that are in it."""
     depth = "deep" if after else "pooled"
-    recipe = task.recipe or FEATURES_RECIPE
+    recipe = task.recipe or BOX_RECIPE
     sampler = Sampler(host, places, seed=task.seed)
     folder = task.cache / "boxes"
     stores = fill_box_stores(sampler, task.images, task.views, folder)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from benchmarks.detection.pictures import sort_out
 from benchmarks.detection.run import to_markdown
 from featxfer import Recipe, ScaledDegradation, VOCDevkit, open_images
 from featxfer.voc import ObjectBoxes
-from featxfer_integrations import fit_transfer, transfers_of
+from featxfer_integrations import transfers_of
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "detection"
 
@@ -176,18 +176,28 @@ def kit(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images, few epochs and few resamples."""
+    recipe = Recipe(epochs=4, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
+    for module, name in (
+        ("benchmarks.detection.run", "TRAINING"),
+        ("benchmarks.detection.methods", "BOX_RECIPE"),
+        ("benchmarks.detection.methods", "DETECTOR_RECIPE"),
+        ("featxfer_integrations.fit_detector", "BOX_RECIPE"),
+        ("featxfer_integrations.fit_detector", "DETECTOR_RECIPE"),
+    ):
+        monkeypatch.setattr(f"{module}.{name}", recipe)
+    monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
+    monkeypatch.setattr("benchmarks.detection.run.RESAMPLES", 5)
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
 @pytest.mark.parametrize("detector", KINDS)
 def test_the_table_of_every_method(
     kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detector: str
 ) -> None:
-    quick = Recipe(epochs=4, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
-    monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
-    monkeypatch.setattr("benchmarks.detection.run.TRAINING", quick)
-    monkeypatch.setattr("benchmarks.detection.run.RESAMPLES", 5)
-    monkeypatch.setattr("featxfer_integrations.fit_detector.DETECTOR_RECIPE", quick)
-    monkeypatch.setattr("featxfer_integrations.fit_detector.FEATURES_RECIPE", quick)
-    monkeypatch.setattr("featxfer.trainer.FEATURES_RECIPE", quick)
     out = tmp_path / "out"
     arguments = ["--root", kit, "--weights", "random", "--factors", "2", "--seeds", "2"]
     arguments += ["--detector", detector, "--cache", tmp_path / "cache", "--out", out]
@@ -210,14 +220,8 @@ def test_the_table_of_every_method(
         assert picture.width > picture.height
 
 
-def test_choices_of_blocks_are_judged_on_val(
-    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quick = Recipe(epochs=2, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
-    monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
-    monkeypatch.setattr("benchmarks.detection.run.TRAINING", quick)
-    monkeypatch.setattr("benchmarks.detection.run.RESAMPLES", 5)
-    monkeypatch.setattr("benchmarks.detection.methods.DETECTOR_RECIPE", quick)
+@pytest.mark.usefixtures("quick")
+def test_choices_of_blocks_are_judged_on_val(kit: Path, tmp_path: Path) -> None:
     for split, names in (("train", "012"), ("val", "3")):
         (kit / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
     arguments = ["--root", kit, "--weights", "random", "--factors", "2", "--seeds", "1", "--tune"]
@@ -231,28 +235,24 @@ def test_choices_of_blocks_are_judged_on_val(
     assert not (tmp_path / "out" / "boxes.png").exists()
 
 
-def test_blocks_alone_are_those_of_blocks_with_heads(
+@pytest.mark.usefixtures("quick")
+def test_blocks_are_trained_once_and_stay_as_they_are_below_heads(
     kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = Recipe(epochs=2, batch_size=2, learning_rate=1e-3, optimizer="adamw", steps=())
-    monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
-    monkeypatch.setattr("featxfer_integrations.fit_detector.DETECTOR_RECIPE", quick)
-    monkeypatch.setattr("featxfer_integrations.fit_detector.FEATURES_RECIPE", quick)
     images = VOCDevkit(kit).images("trainval")
     detector = build("faster-rcnn", 1, "random")
     setting = Setting(detector, images, ScaledDegradation(2), tmp_path / "cache", 0)
-    alone = transfers_of(blocks_alone(setting))
-    fitted = copy.deepcopy(detector)
-    fit_transfer(
-        fitted, images, degradation=setting.view, where="backbone", cache=tmp_path / "other"
-    )
-    by_itself = transfers_of(fitted)
+    trained_blocks = blocks_alone(setting)
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.detection.methods.fit_transfer", None)
+        kept = transfers_of(blocks_alone(setting))
+    again = dataclasses.replace(setting, cache=tmp_path / "other").fitted(where="backbone")
     both = transfers_of(blocks_and_heads(setting))
-    assert list(alone) == list(by_itself) == [name for name in both if name != "boxes"]
-    for name in alone:
-        for key, value in alone[name].state_dict().items():
-            assert value.equal(by_itself[name].state_dict()[key])
-            assert value.equal(both[name].state_dict()[key])
+    assert list(kept) == list(transfers_of(again)) == [name for name in both if name != "boxes"]
+    for name, block in transfers_of(trained_blocks).items():
+        for key, value in block.state_dict().items():
+            for other in (kept, transfers_of(again), both):
+                assert value.equal(other[name].state_dict()[key])
 
 
 def test_detections_are_sorted_into_right_and_wrong_and_objects_into_found_and_missed() -> None:

@@ -41,7 +41,7 @@ def test_what_is_found_before_and_after(
 ) -> None:
     monkeypatch.setattr("examples.detect.get_model", small)
     quick = Recipe(epochs=2, batch_size=256, learning_rate=1e-4, optimizer="adamw", steps=())
-    monkeypatch.setattr("featxfer_integrations.fit_detector.FEATURES_RECIPE", quick)
+    monkeypatch.setattr("featxfer_integrations.fit_detector.BOX_RECIPE", quick)
     torch.manual_seed(0)
     model: Any = small("any")
     torch.nn.init.constant_(model.roi_heads.box_predictor.cls_score.bias[1:], 0.3)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN
@@ -16,7 +15,7 @@ from examples.detect import main, share
 from featxfer import Recipe
 
 
-def small(name: str, **options: Any) -> nn.Module:
+def small() -> nn.Module:
     """Random weights, a backbone of three layers, and boxes in every image."""
     backbone = nn.Sequential()
     for channels, width in ((3, 16), (16, 16), (16, 24)):
@@ -39,16 +38,13 @@ def test_what_is_found_before_and_after(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("examples.detect.get_model", small)
+    torch.manual_seed(0)
+    detector: Any = small()
+    torch.nn.init.constant_(detector.roi_heads.box_predictor.cls_score.bias[1:], 0.3)
+    monkeypatch.setattr("examples.detect.get_model", lambda name, weights: detector)
     quick = Recipe(epochs=2, batch_size=256, learning_rate=1e-4, optimizer="adamw", steps=())
     monkeypatch.setattr("featxfer_integrations.fit_detector.BOX_RECIPE", quick)
-    torch.manual_seed(0)
-    model: Any = small("any")
-    torch.nn.init.constant_(model.roi_heads.box_predictor.cls_score.bias[1:], 0.3)
-    weights = tmp_path / "weights.safetensors"
-    safetensors.torch.save_file(model.state_dict(), weights)
-    arguments = ("--detector", "any", "--weights", weights, "--cache", tmp_path)
-    printed = figures(main, train_photos, test_photos, *arguments, "--depth", "pooled")
+    printed = figures(main, train_photos, test_photos, "--cache", tmp_path, "--depth", "pooled")
     assert list(printed) == ["LR, before", "LR, after", "HR, after"]
     for shares in printed.values():
         assert len(shares) == 2

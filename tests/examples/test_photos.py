@@ -12,8 +12,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_an_example_has_at_most_80_lines(script: Path) -> None:
-    assert len(script.read_text(encoding="utf-8").splitlines()) <= 80
+def test_an_example_has_at_most_60_lines(script: Path) -> None:
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 60
 
 
 def test_there_are_examples_to_count() -> None:

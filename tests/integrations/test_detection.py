@@ -129,24 +129,30 @@ def test_the_class_branch_leaves_box_regression_alone() -> None:
     torch.testing.assert_close(heads.box_head(pooled), features - 1)
 
 
+OBJECTS = [{"boxes": torch.tensor([[5.0, 5.0, 35.0, 30.0]]), "labels": torch.tensor([1])}] * 2
+"""On each of `pictures()`."""
+
+
+def training(model: nn.Module) -> nn.Module:
+    """In training mode, but for what would give other losses at each run."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
+            module.eval()
+    return model
+
+
 @pytest.mark.parametrize(
     "name",
     ["fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large"],
 )
 @pytest.mark.parametrize("where", ["boxes", "backbone", "fpn"])
 def test_losses_in_training_reach_what_is_attached(name: str, where: str) -> None:
-    model = build(name).requires_grad_(False).train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
-            module.eval()
-    targets = [
-        {"boxes": torch.tensor([[5.0, 5.0, 35.0, 30.0]]), "labels": torch.tensor([1])}
-        for _ in pictures()
-    ]
+    model = training(build(name).requires_grad_(False))
 
     def losses() -> dict[str, Tensor]:
         torch.manual_seed(0)
-        found: dict[str, Tensor] = model(pictures(), targets)
+        found: dict[str, Tensor] = model(pictures(), OBJECTS)
         return found
 
     plain = losses()
@@ -227,19 +233,12 @@ def test_distributed_training_gives_the_gradients_of_training_alone(
 ) -> None:
     model = trained_by_chance(by_hand(name))
     parameters = train_transfer_only(model)
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
-            module.eval()
-    targets = [
-        {"boxes": torch.tensor([[5.0, 5.0, 35.0, 30.0]]), "labels": torch.tensor([1])}
-        for _ in pictures()
-    ]
+    training(model)
 
     def gradients(run: nn.Module) -> list[Tensor | None]:
         torch.manual_seed(0)
         run.zero_grad(set_to_none=True)
-        sum(run(pictures(), targets).values(), torch.zeros(())).backward()
+        sum(run(pictures(), OBJECTS).values(), torch.zeros(())).backward()
         return [None if p.grad is None else p.grad.clone() for p in parameters]
 
     alone = gradients(model)

@@ -18,6 +18,7 @@ from benchmarks.detection.detectors import TRAINING, trained
 from benchmarks.detection.judge import COLUMNS, Detections, Judge
 from benchmarks.detection.methods import Method, Setting
 from benchmarks.detection.pictures import side_by_side
+from benchmarks.markdown import markdown_table
 from benchmarks.memo import Memo
 from benchmarks.versions import versions
 from featxfer import BaseDegradation, ScaledDegradation, VOCDevkit
@@ -247,34 +248,25 @@ class Evaluation:
 
 def to_markdown(results: Mapping[str, Any]) -> str:
     """The plain detector over resolutions, and a table a factor."""
-    parts = [
-        "\n".join(
-            [
-                f"| times smaller | {' | '.join(results['curve'])} |",
-                "| --- " * (len(results["curve"]) + 1) + "|",
-                *(
-                    f"| {name} | "
-                    + " | ".join(_number(row[name]) for row in results["curve"].values())
-                    + " |"
-                    for name in ("AP", "AP50")
-                ),
-            ]
-        )
-        + "\n"
+    curve = results["curve"]
+    resolutions = [
+        [name, *(_number(figures[name]) for figures in curve.values())] for name in ("AP", "AP50")
     ]
+    parts = [markdown_table(list(curve), resolutions, corner="times smaller")]
     for factor, table in results["tables"].items():
-        lines = [
-            f"LR: {factor} times smaller, and back:\n",
-            f"|  | {' | '.join(HEADINGS)} |",
-            "| --- " * (len(HEADINGS) + 1) + "|",
-        ]
-        for label, row in table.items():
-            cells = [_number(row.get(name)) for name in (*COLUMNS, "VOC AP50", "gap")]
-            interval = f"{row['gap low']:.0f} to {row['gap high']:.0f}" if "gap low" in row else ""
-            cells += [interval, _number(row.get("HR loses"))]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines) + "\n")
+        rows = ([label, *_cells(figures)] for label, figures in table.items())
+        heading = f"LR: {factor} times smaller, and back:\n\n"
+        parts.append(heading + markdown_table(HEADINGS, rows))
     return "\n".join(parts)
+
+
+def _cells(figures: Mapping[str, Any]) -> list[str]:
+    """Under `HEADINGS`."""
+    interval = ""
+    if "gap low" in figures:
+        interval = f"{figures['gap low']:.0f} to {figures['gap high']:.0f}"
+    known = [_number(figures.get(name)) for name in (*COLUMNS, "VOC AP50", "gap")]
+    return [*known, interval, _number(figures.get("HR loses"))]
 
 
 def _number(value: float | None) -> str:

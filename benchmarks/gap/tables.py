@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.markdown import markdown_table
 from benchmarks.voc2007.run import summarise
 
 
@@ -67,18 +68,13 @@ def few_labels(table: Mapping[str, Any]) -> str:
 
 def grid(table: Mapping[str, Any], columns: Sequence[tuple[str, str, int]]) -> str:
     """Rows of a Markdown table; empty where a row has no such figure."""
-    lines = [
-        _line(["", *(heading for heading, _, _ in columns)]),
-        _line(["---"] * (len(columns) + 1)),
-    ]
-    for label, figures in table.items():
-        cells = [_cell(figures.get(name), digits) for _, name, digits in columns]
-        lines.append(_line([label, *cells]))
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return markdown_table(
+        [heading for heading, _, _ in columns],
+        (
+            [label, *(_cell(figures.get(name), digits) for _, name, digits in columns)]
+            for label, figures in table.items()
+        ),
+    )
 
 
 def _cell(figure: Mapping[str, Any] | None, digits: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.markdown import markdown_table
+
 COLUMNS = {
     "deploy": "deploy mAP %",
     "accuracy": "deploy accuracy %",
@@ -17,19 +19,13 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     """A table an LR size: figures with half of their 95% interval, and gap recovered."""
     parts = []
     for size, rows in results["tables"].items():
-        head = ["", *(text for name in COLUMNS for text in (COLUMNS[name], "gap %"))]
-        lines = [f"LR of {size} pixels:", "", _line(head), _line(["---"] * len(head))]
-        for label, figures in rows.items():
-            cells = [label]
-            for name in COLUMNS:
-                cells += _cells(rows, figures.get(name), name)
-            lines.append(_line(cells))
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+        headings = [text for name in COLUMNS for text in (COLUMNS[name], "gap %")]
+        cells = (
+            [label, *(cell for name in COLUMNS for cell in _cells(rows, figures.get(name), name))]
+            for label, figures in rows.items()
+        )
+        parts.append(f"LR of {size} pixels:\n\n{markdown_table(headings, cells)}")
+    return "\n".join(parts)
 
 
 def _cells(rows: Mapping[str, Any], figure: Mapping[str, Any] | None, name: str) -> list[str]:

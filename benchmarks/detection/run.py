@@ -236,6 +236,7 @@ class Evaluation:
             found["gap"] = 100 * (found["AP"] - low) / (high - low)
             if self is not hr and self is not lr:
                 kept = hr.resampled > lr.resampled
+                found["draws with a gap"] = int(kept.sum())
                 gained, lost = (part.resampled[kept] - lr.resampled[kept] for part in (self, hr))
                 if kept.any():
                     low_end, high_end = np.quantile(100 * gained / lost, [0.025, 0.975])

@@ -179,7 +179,7 @@ def fit_transfer(
             blocks is a little better than other images would have it.
         preprocessing: by default what the model says (timm) or ImageNet's mean and std.
         cache: folder for features; by default `$FEATXFER_CACHE` or `~/.cache/featxfer`.
-        batch_size: images a forward pass.
+        batch_size: images a forward pass; detectors take them one by one.
         precision: "fp32", or "bf16" for autocast; "auto": "bf16" for maps and blocks where the
             hardware multiplies in it, "fp32" for the rest.
         on_error: "raise" at an image that cannot be read, or "skip" it and list it.

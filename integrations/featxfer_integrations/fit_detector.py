@@ -344,6 +344,10 @@ def _fit_heads(
             )
         hr, given = views[0], views[1:]
         k = task.clusters or min(100, max(1, len(hr) // 10))
+        if k > len(hr):
+            raise ValueError(
+                f"clusters: got {k}, wanted at most the {len(hr)} boxes at {place.name!r}"
+            )
         clustering = kmeans(F.normalize(hr, dim=1), k, seed=task.seed)
         attached = attached_at(task.model, place)
         config = {} if attached is None else attached.config

@@ -450,6 +450,11 @@ def test_images_without_proposals_of_other_kinds_and_broken_ones(
         with pytest.raises(ValueError, match=message):
             fit(detector, discs, tmp_path / "cache", depth="pooled")
         assert not is_attached(detector)
+        rpn.score_thresh = 0.0
+        with pytest.raises(ValueError, match=r"clusters: got 9999, wanted at most the \d+ boxes"):
+            fit(detector, discs, tmp_path / "cache", depth="pooled", clusters=9999)
+        assert not is_attached(detector)
+        rpn.score_thresh = 2.0
         fitted = fit(detector, discs, tmp_path / "cache", where="fpn")
         assert (fitted.held_out, len(fitted.blocks_log)) == ([], 4)
 

@@ -13,15 +13,23 @@ from torch import Tensor
 ArrayLike: TypeAlias = Tensor | npt.NDArray[np.floating]
 
 
+LARGEST_NORM = 1e18
+"""Of a feature: float32 has no room for the squares of larger distances."""
+
+
 def as_features(name: str, value: ArrayLike, *, width: int | None = None) -> Tensor:
     """Returns `value` as a finite, contiguous float32 tensor `(n, d)` without gradient.
 
-    Shares memory with `value` where it already is one. Raises `TypeError` for what is no array,
-    and `ValueError` for a wrong number of dimensions, no rows, another width than `width`, or a
-    row with NaN or infinity (the first such row is named).
+    Shares memory with `value` where it already is one that may be written to. Raises `TypeError`
+    for what is no array, and `ValueError` for a wrong number of dimensions, no rows, another width
+    than `width`, or a row with NaN, infinity or a norm above `LARGEST_NORM` (the first such row is
+    named).
     """
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32))
+        array = np.ascontiguousarray(value, dtype=np.float32)
+        # torch takes no negative strides, which a side of 1 may keep, and warns of read-only memory
+        fits = array.flags.writeable and min(array.strides, default=0) >= 0
+        value = torch.from_numpy(array if fits else array.copy())
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name}: got {type(value).__name__}, wanted a torch.Tensor or a numpy array"
@@ -33,12 +41,15 @@ def as_features(name: str, value: ArrayLike, *, width: int | None = None) -> Ten
     if width is not None and value.shape[1] != width:
         raise ValueError(f"{name}: got width {value.shape[1]}, wanted {width}")
     features = value.detach().to(torch.float32).contiguous()
-    bad = ~torch.isfinite(features).all(dim=1)
+    norms = torch.linalg.vector_norm(features, dim=1)
+    bad = ~(norms <= LARGEST_NORM)
     if bad.any():
         row = int(bad.nonzero()[0])
+        finite = bool(torch.isfinite(features[row]).all())
         raise ValueError(
-            f"{name}: row {row} has NaN or infinity ({int(bad.sum())} such rows of {len(bad)}), "
-            "wanted finite values"
+            f"{name}: row {row} has {'too large a norm' if finite else 'NaN or infinity'} "
+            f"({int(bad.sum())} such rows of {len(bad)}), wanted finite values, and a norm of at "
+            f"most {LARGEST_NORM:g}"
         )
     return features
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,10 @@ def test_diagnostics_of_giants_and_of_one_cluster() -> None:
             r"features: row 7 has NaN or infinity \(2 such rows of 180\)",
         ),
         ({"features": BLOBS.clone().fill_(math.inf)}, "features: row 0 has NaN or infinity"),
+        (
+            {"features": BLOBS.clone().index_fill_(0, torch.tensor([7, 9]), 1e30)},
+            r"features: row 7 has too large a norm \(2 such rows of 180\).* at most 1e\+18",
+        ),
     ],
 )
 def test_bad_kmeans_input_is_named(change: dict[str, Any], message: str) -> None:
@@ -146,3 +152,12 @@ def test_unknown_assignment() -> None:
 def test_centroids_of_another_width() -> None:
     with pytest.raises(ValueError, match="features: got width 5, wanted 4"):
         assign(BLOBS, CENTRES[:, :4])
+
+
+@pytest.mark.parametrize("flip", [np.flip, lambda rows: rows])
+def test_arrays_that_torch_does_not_take_as_they_are(flip: Callable[[Any], Any]) -> None:
+    rows = flip(np.array([[3.0]], dtype=np.float32))
+    rows.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kmeans(rows, 1, seed=0).centroids.tolist() == [[3.0]]

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
 
 from featxfer._checks import check_integer
 from featxfer.head import FeatureTransferHead
@@ -93,6 +94,7 @@ class FeatureTransfer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         clusters = _as_integer("n_clusters", self.n_clusters)
         hidden = _as_integer("hidden_features", self.hidden_features)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        X, X_hr = _as_array(X), None if X_hr is None else _as_array(X_hr)
         lr = validate_data(self, X, dtype=np.float32, force_writeable=True, ensure_min_samples=2)
         hr = lr if X_hr is None else _as_paired(X_hr, lr.shape)
         if (hr == hr[0]).all():
@@ -116,6 +118,7 @@ class FeatureTransfer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
             ValueError: another width or other column names, NaN or infinity.
         """
         check_is_fitted(self)
+        X = _as_array(X)
         rows = validate_data(self, X, reset=False, dtype=np.float32, force_writeable=True)
         transferred: Rows = copy.deepcopy(self.head_).double().transfer(rows).numpy()
         return transferred
@@ -136,6 +139,11 @@ def _as_integer(name: str, value: Any) -> int:
         value = int(value)
     check_integer(name, value, at_least=1)
     return int(value)
+
+
+def _as_array(X: npt.ArrayLike) -> npt.ArrayLike:
+    """What scikit-learn takes: of a tensor its values, whatever its dtype, device or gradient."""
+    return X.detach().float().cpu().numpy() if isinstance(X, Tensor) else X
 
 
 def _as_paired(X_hr: npt.ArrayLike, shape: tuple[int, ...]) -> Rows:

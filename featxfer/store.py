@@ -74,6 +74,11 @@ class Manifest:
         """32 hex digits of the SHA-256 of `to_json`."""
         return _digest(self.to_json().encode())
 
+    @property
+    def name(self) -> str:
+        """Of the store's folder."""
+        return f"{self.view['view']}-{self.key}"
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -108,7 +113,7 @@ class FeatureStore:
 
     def __init__(self, root: str | Path, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.directory = Path(root) / f"{manifest.view['view']}-{manifest.key}"
+        self.directory = Path(root) / manifest.name
         path = self.directory / "manifest.json"
         if not path.exists():
             write_atomic(path, manifest.to_json().encode())
@@ -128,9 +133,10 @@ class FeatureStore:
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"not of format {FORMAT}")
             manifest = Manifest(**fields)
+            name = manifest.name
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{path} is no manifest of a feature store: {error}") from error
-        if path.parent.name != f"{manifest.view['view']}-{manifest.key}":
+        if path.parent.name != name:
             raise StoreError(f"{path} does not have the key that its folder is named for")
         return cls(path.parent.parent, manifest)
 

@@ -243,6 +243,7 @@ def test_open_by_folder(tmp_path: Path) -> None:
         ("[]", "is no manifest of a feature store"),
         ('{"format": 2}', "not of format 1"),
         ('{"format": 1, "extra": 1}', "is no manifest of a feature store"),
+        (dataclasses.replace(MANIFEST, view={}).to_json(), "is no manifest of a feature store"),
     ],
 )
 def test_open_refuses_other_manifests(tmp_path: Path, text: str, message: str) -> None:

@@ -27,6 +27,7 @@ KINDS: Mapping[str, type[TransferModule]] = {
     cls.kind: cls for cls in (FeatureTransferHead, FeatureTransferBlock)
 }
 _CARD_LIMIT = 1 << 20
+_HEADER_LIMIT = 1 << 16
 
 
 class ArtifactError(ValueError):
@@ -100,15 +101,20 @@ def load_head(
         if not (folder / name).is_file():
             raise FileNotFoundError(f"head: no {name} in {folder}")
     description = _read_card(folder / CARD)
-    tensors = _read_weights(folder / WEIGHTS, description.get("weights_sha256"))
     try:
-        head = _build(KINDS[description["kind"]], description["head"], tensors)
+        # of no memory, so that a card may claim any size
+        with torch.device("meta"):
+            head = KINDS[description["kind"]](**description["head"])
+        tensors = _read_weights(folder / WEIGHTS, description.get("weights_sha256"), head)
+        _fill(head, tensors)
         head.card = Card(
             str(description["backbone"]),
             str(description["backbone_sha256"]),
             tuple(BaseDegradation.from_dict(fields) for fields in description["degradations"]),
             dict(description["details"]),
         )
+    except ArtifactError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{folder}: {type(error).__name__}: {error}") from error
     check_fit(head, head.card, folder, in_features=in_features, backbone_sha256=backbone_sha256)
@@ -189,10 +195,16 @@ def _read_card(path: Path) -> dict[str, Any]:
     return description
 
 
-def _read_weights(path: Path, sha256: object) -> dict[str, Tensor]:
+def _read_weights(path: Path, sha256: object, module: TransferModule) -> dict[str, Tensor]:
+    """The tensors of a file that is no larger than those of the module can be."""
+    most = _HEADER_LIMIT + 8 * sum(value.numel() for value in module.state_dict().values())
+    if path.stat().st_size > most:
+        raise ArtifactError(f"{path}: over {most} bytes, which the card's head cannot have")
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ArtifactError(f"{path}: its {len(data)} bytes are not those that {CARD} names")
+    if int.from_bytes(data[:8], "little") > _HEADER_LIMIT:
+        raise ArtifactError(f"{path}: a header of over {_HEADER_LIMIT} bytes, this is no head")
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -210,12 +222,8 @@ def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
             raise ValueError(f"{source}: tensor {name} has NaN or infinity")
 
 
-def _build(
-    cls: type[TransferModule], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> TransferModule:
-    """The module of that config; no memory is taken for sizes that the tensors do not bear out."""
-    with torch.device("meta"):
-        module = cls(**config)
+def _fill(module: TransferModule, tensors: Mapping[str, Tensor]) -> None:
+    """Gives a module without memory its tensors; `ValueError` says all that does not fit."""
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     got = {name: tuple(value.shape) for name, value in tensors.items()}
     faults = [
@@ -238,4 +246,3 @@ def _build(
     if faults:
         raise ValueError("; ".join(faults))
     module.load_state_dict(dict(tensors), assign=True)
-    return module

@@ -160,3 +160,16 @@ def test_a_full_disk_keeps_the_older_head(
             save_head(FeatureTransferHead(6, 4, 8, output="clusters", seed=9), tmp_path, CARD)
         assert torch.equal(load_head(tmp_path)[0].state_dict()["fc1.weight"], head.fc1.weight)
         assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_files_that_are_too_large_are_not_read(head: FeatureTransferHead, tmp_path: Path) -> None:
+    save_head(head, tmp_path, CARD)
+    path = tmp_path / "head.safetensors"
+    tensors = {f"t{n}": torch.zeros(0) for n in range(1_200)}
+    rewrite_weights(tmp_path, tensors)
+    with pytest.raises(ArtifactError, match="a header of over 65536 bytes, this is no head"):
+        load_head(tmp_path)
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ArtifactError, match=r"over \d+ bytes, which the card's head cannot have"):
+        load_head(tmp_path)

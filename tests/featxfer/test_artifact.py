@@ -162,8 +162,8 @@ def test_a_full_disk_keeps_the_older_head(
         assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_files_that_are_too_large_are_not_read(head: FeatureTransferHead, tmp_path: Path) -> None:
-    save_head(head, tmp_path, CARD)
+def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
+    save_head(FeatureTransferHead(64, 4, 512), tmp_path, CARD)
     path = tmp_path / "head.safetensors"
     tensors = {f"t{n}": torch.zeros(0) for n in range(1_200)}
     rewrite_weights(tmp_path, tensors)

@@ -17,6 +17,9 @@ Labels = npt.NDArray[np.int8]
 """`(n, classes)`: 1 the class is there, -1 it is not, 0 only difficult instances of it are."""
 
 
+MOST_BYTES, MOST_DEPTH = 2**24, 32
+"""Of an annotation; larger ones are refused."""
+
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
@@ -175,14 +178,30 @@ def _read_class_file(path: Path, ids: Sequence[str]) -> list[int]:
 
 
 def _parse(path: Path) -> list[Element]:
-    """The objects of one annotation; `DevkitError` for bad XML."""
-    from xml.etree.ElementTree import ParseError
+    """The objects of one annotation; `DevkitError` for XML that is bad, too large or too deep."""
+    from xml.etree.ElementTree import ParseError, TreeBuilder
 
     import defusedxml
     import defusedxml.ElementTree
 
+    class Shallow(TreeBuilder):
+        depth = 0
+
+        def start(self, tag: str, attributes: dict[str, str], /) -> Element:
+            self.depth += 1
+            if self.depth > MOST_DEPTH:
+                raise ParseError(f"elements are nested over {MOST_DEPTH} deep")
+            return super().start(tag, attributes)
+
+        def end(self, tag: str, /) -> Element:
+            self.depth -= 1
+            return super().end(tag)
+
     try:
-        tree = defusedxml.ElementTree.parse(path)
+        if path.stat().st_size > MOST_BYTES:
+            raise ParseError(f"it has over {MOST_BYTES:,} bytes")
+        parser = defusedxml.ElementTree.DefusedXMLParser(target=Shallow())
+        tree = defusedxml.ElementTree.parse(path, parser=parser)
     except (OSError, ParseError, defusedxml.DefusedXmlException) as error:
         raise DevkitError(f"annotation {path} cannot be read: {error}") from error
     return list(tree.iterfind("object"))

@@ -71,6 +71,21 @@ def test_an_xml_bomb_is_refused(devkit: Path) -> None:
         VOCDevkit(devkit).labels("test")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<a>" * 10**6, "elements are nested over 32 deep"),
+        ("<a>" + " " * 2**24 + "</a>", "it has over 16,777,216 bytes"),
+    ],
+)
+def test_xml_that_is_too_deep_or_too_large_is_refused_at_once(
+    devkit: Path, text: str, message: str
+) -> None:
+    (devkit / "Annotations" / "3.xml").write_text(text)
+    with pytest.raises(DevkitError, match=rf"annotation .*3\.xml cannot be read: {message}"):
+        VOCDevkit(devkit).boxes("test")
+
+
 def test_no_such_root() -> None:
     with pytest.raises(FileNotFoundError, match="root: /nowhere is not a folder"):
         VOCDevkit("/nowhere")

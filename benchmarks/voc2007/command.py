@@ -95,6 +95,7 @@ def parse(given: Mapping[str, Any]) -> Options:
         out=given["out"] or Path(),
         cache=given["cache"] or default_cache(),
         on_error=given["on_error"],
+        svm=given["svm"],
         jobs=given["jobs"],
     )
 

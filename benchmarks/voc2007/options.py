@@ -16,6 +16,9 @@ from featxfer.metrics import AVERAGE_PRECISIONS
 
 METHODS = ("paper", "all")
 
+SVMS = {"reference": "liblinear", "fast": "batched"}
+"""Solvers of `train_svms` by the name for `--svm`."""
+
 
 @dataclass(frozen=True)
 class Network:
@@ -63,6 +66,7 @@ class Options:
     out: Path
     cache: Path
     on_error: str
+    svm: str
     jobs: int
 
     def __post_init__(self) -> None:
@@ -73,6 +77,7 @@ class Options:
         check_choice("methods", self.methods, METHODS)
         if self.methods == "all" and self.on_error != "raise":
             raise ValueError(f"on_error: got {self.on_error!r} with methods 'all', wanted 'raise'")
+        check_choice("svm", self.svm, SVMS)
         check_choice("labels", self.labels, ASSIGNMENTS)
         check_choice("ap", self.ap, AVERAGE_PRECISIONS)
         for protocol in self.protocols:
@@ -107,6 +112,7 @@ class Options:
             "seeds": list(range(self.seeds)),
             "protocols": list(self.protocols),
             "ap": self.ap,
+            "svm": self.svm,
             "network": self.network.to_dict(),
             "grid": self.grid,
         }

@@ -14,7 +14,7 @@ from benchmarks.memo import Memo, hash_key
 from benchmarks.versions import versions
 from benchmarks.voc2007.data import Data, check_devkit, load_data, open_devkit
 from benchmarks.voc2007.methods import Row, Sizes, Transfer, table_rows
-from benchmarks.voc2007.options import Options
+from benchmarks.voc2007.options import SVMS, Options
 from featxfer import (
     PROTOCOLS,
     Backbone,
@@ -97,6 +97,7 @@ def score(study: Study, row: Row, sizes: Sizes, seed: int, protocol: str) -> dic
         if row.seeded
         else None,
         "protocol": dataclasses.asdict(PROTOCOLS[protocol]),
+        "svm": study.options.svm,
         "features": [split.features.keys for split in splits],
         "labels": [hash_key({"labels": split.labels.tolist()}) for split in splits],
     }
@@ -112,6 +113,7 @@ def _score(study: Study, row: Row, seed: int, protocol: str) -> dict[str, Any]:
             train,
             labels,
             PROTOCOLS[protocol],
+            solver=SVMS[study.options.svm],
             jobs=study.options.jobs,
             callback=lambda _: bar.update(),
         )

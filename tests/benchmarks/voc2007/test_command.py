@@ -163,6 +163,21 @@ def test_the_gap_is_of_the_printed_maps(arguments: list[str], tmp_path: Path) ->
         assert entry["map"]["mean"] == pytest.approx(sum(entry["ap"]) / 20)
 
 
+def test_fast_svms_find_what_the_reference_finds(arguments: list[str]) -> None:
+    found = {}
+    for svm in ("reference", "fast"):
+        done = invoke([*arguments, "--no-figures", "--json", "--svm", svm])
+        assert done.exit_code == 0, done.output
+        found[svm] = json.loads(done.stdout)
+        assert found[svm]["config"]["svm"] == svm
+    rows = {svm: results["table1"]["plain"] for svm, results in found.items()}
+    for label in ROWS:
+        maps = [rows[svm][label]["map"]["mean"] for svm in rows]
+        assert maps[0] == pytest.approx(maps[1], abs=2e-4), label
+    kept = [run["fits"] for entry in rows["fast"].values() for run in entry["runs"]]
+    assert all(fits > 0 for fits in kept)
+
+
 def test_a_second_run_computes_nothing(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +296,7 @@ def test_a_missing_image_is_named(arguments: list[str], devkit: Path, tmp_path: 
             "loss or weights are not finite at epoch",
         ),
         (["--scaling", "max"], "scaling: got 'max', wanted one of 'none', 'l2'"),
+        (["--svm", "slow"], "svm: got 'slow', wanted one of 'reference', 'fast'"),
     ],
 )
 def test_bad_input_gets_one_clear_error(

@@ -1,6 +1,6 @@
 PYTHON ?= .venv/bin/python
 
-.PHONY: check test coverage slow clean
+.PHONY: check test coverage torture slow clean
 
 check:  ## format, lint, import arrow, types: what CI and pre-commit share
 	$(PYTHON) -m ruff format --check .
@@ -12,6 +12,9 @@ test:
 
 coverage:
 	$(PYTHON) -m pytest --cov --cov-report=term-missing
+
+torture:  ## faults, hostile files, odd numbers and repeats, at full length: half an hour
+	$(PYTHON) -m benchmarks.torture --out benchmarks/torture/results
 
 slow:  ## the minutes-long tests too
 	$(PYTHON) -m pytest -m "slow or not slow"

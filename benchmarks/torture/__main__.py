@@ -1,0 +1,91 @@
+"""`python -m benchmarks.torture`: every part at full length, and what it found."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.markdown import markdown_table
+from benchmarks.torture.artefacts import run_artefacts
+from benchmarks.torture.crash import run_flipped, run_killed, run_refused, run_together
+from benchmarks.torture.hostile import run_archives, run_xml
+from benchmarks.torture.numbers import run_numbers
+from benchmarks.torture.outcome import Outcome
+from benchmarks.torture.repeats import run_repeats
+from benchmarks.versions import versions
+from featxfer._files import write_atomic
+
+PARTS: Mapping[str, tuple[str, Callable[[Path, int], Outcome]]] = {
+    "killed": ("SIGKILL during extraction", lambda f, seed: run_killed(f, 200, seed)),
+    "refused": ("writes, fsyncs and renames that fail once", lambda f, _: run_refused(f)),
+    "together": ("processes on one store", lambda f, _: run_together(f)),
+    "flipped": ("flipped bytes of a store", lambda f, _: run_flipped(f)),
+    "artefacts": ("malformed heads", lambda f, seed: run_artefacts(f, seed)),
+    "archives": ("hostile archives", lambda f, _: run_archives(f)),
+    "xml": ("XML bombs", lambda f, _: run_xml(f)),
+    "numbers": ("odd features", lambda _, seed: run_numbers(1000, seed)),
+    "repeats": (
+        "the same run again, and laid out otherwise",
+        lambda f, _: run_repeats(f, 20),
+    ),
+}
+"""What is run, by the name for `--parts`: from a folder and a seed to what was found."""
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--parts", help="Names, with commas between.  [default: every one]")
+@click.option("--seed", default=0, help="Of moments, flipped bits and odd features.")
+@click.option("--out", type=Path, default=Path("runs/torture"))
+def main(parts: str | None, seed: int, out: Path) -> None:
+    """Writes results.json and summary.md; exit 1 where anything went wrong."""
+    chosen = list(PARTS) if parts is None else parts.split(",")
+    unknown = [name for name in chosen if name not in PARTS]
+    if unknown:
+        wanted = f"wanted some of {', '.join(PARTS)}"
+        raise click.BadParameter(f"got {', '.join(unknown)}, {wanted}", param_hint="--parts")
+    results: dict[str, Any] = {"seed": seed, "versions": versions(), "parts": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in chosen:
+            begin = time.perf_counter()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                outcome = PARTS[name][1](Path(folder) / name, seed)
+            seconds = time.perf_counter() - begin
+            click.echo(f"{name}: {outcome.cases} cases, {len(outcome.faults)} faults", err=True)
+            for fault in outcome.faults:
+                click.echo(f"  {fault}", err=True)
+            results["parts"][name] = {**vars(outcome), "seconds": round(seconds, 1)}
+    write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_atomic(out / "summary.md", to_markdown(results).encode())
+    click.echo(to_markdown(results) + f"\nWrote results.json and summary.md to {out}")
+    raise SystemExit(any(part["faults"] for part in results["parts"].values()))
+
+
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """A line a part."""
+    rows = (
+        [PARTS[name][0], f"{part['cases']:,}", str(len(part["faults"])), _figures(part["figures"])]
+        for name, part in results["parts"].items()
+    )
+    return markdown_table(["cases", "faults", "besides"], rows)
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: {_text(value)}" for name, value in figures.items())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(part)}" for name, part in value.items())
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.torture")

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import PIL
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
 from featxfer._checks import ArrayLike, as_features, check_choice, check_integer
-from featxfer.backbone import Backbone, frozen
+from featxfer.backbone import Backbone
 from featxfer.degrade import BaseDegradation, Degradation
+from featxfer.forward import Arithmetic, Forward, device_of
 from featxfer.images import ImageError, Images
 from featxfer.store import FeatureStore, Manifest, Rows, align
 
 SCALINGS = ("none", "l2")
+
+_MOST_READERS = 16
+"""Threads that read images."""
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ def extract_features(
     batch_size: int = 64,
     part_rows: int = 256,
     precision: str = "fp32",
+    compile: str = "off",
     on_error: str = "raise",
 ) -> Features:
     """Features of both views of all images; what the cache has is read, the rest computed.
@@ -67,7 +79,10 @@ def extract_features(
         cache: folder of the feature stores.
         batch_size: images a forward pass.
         part_rows: images a part of the store, the most that an interruption can lose.
-        precision: "fp32", or "bf16" for autocast.
+        precision: "fp32", for reproduction; "bf16", autocast; "auto", that where the hardware
+            multiplies in it.
+        compile: "on", by `torch.compile`; "off"; "auto", for `forward.COMPILE_FROM` images or more
+            where a compiler is at hand.
         on_error: "raise" at an image that cannot be read, or "skip" it and list it.
 
     Raises:
@@ -85,6 +100,7 @@ def extract_features(
         batch_size=batch_size,
         part_rows=part_rows,
         precision=precision,
+        compile=compile,
         on_error=on_error,
     )
     rows = {view: store.read() for view, store in stores.items()}
@@ -109,6 +125,7 @@ def fill_stores(
     batch_size: int = 64,
     part_rows: int = 256,
     precision: str = "fp32",
+    compile: str = "off",
     on_error: str = "raise",
     views: Sequence[str] = ("hr", "lr"),
     rank: int = 0,
@@ -129,6 +146,7 @@ def fill_stores(
         batch_size: images a forward pass.
         part_rows: images a part.
         precision: of the arithmetic, and of the rows that are kept: float32, or bfloat16.
+        compile: "auto", "on" or "off".
         on_error: "raise" or "skip".
         views: "hr" and "lr", or one of them.
         rank: of this process, in [0, world_size).
@@ -136,7 +154,6 @@ def fill_stores(
     """
     check_integer("batch_size", batch_size, at_least=1)
     check_integer("part_rows", part_rows, at_least=1)
-    check_choice("precision", precision, ("fp32", "bf16"))
     check_choice("on_error", on_error, ("raise", "skip"))
     check_integer("world_size", world_size, at_least=1)
     if not 0 <= rank < world_size:
@@ -147,7 +164,8 @@ def fill_stores(
             f"degradation: got hr_size={degradation.hr_size}, "
             f"backbone {backbone.name} wants {fixed}"
         )
-    manifest = _manifest(backbone, images, precision, part_rows)
+    arithmetic = Arithmetic.choose(precision, compile, device_of(backbone), len(images))
+    manifest = _manifest(backbone, images, arithmetic.name, part_rows)
     stores = {
         view: FeatureStore(
             cache, dataclasses.replace(manifest, view=degradation.describe_view(view))
@@ -157,7 +175,8 @@ def fill_stores(
     parts = range(rank, manifest.part_count, world_size)
     for store in stores.values():
         _forget_readable(store, images, parts)
-    _fill(stores, parts, backbone, images, degradation, batch_size, precision, on_error)
+    forward = Forward(backbone, arithmetic, batch_size)
+    _fill(stores, parts, forward, images, degradation, on_error)
     return stores
 
 
@@ -247,85 +266,84 @@ def _without(rows: Rows, skipped: Mapping[str, str]) -> Rows:
 def _fill(
     stores: dict[str, FeatureStore],
     wanted: range,
-    backbone: Backbone,
+    forward: Forward,
     images: Images,
     degradation: Degradation,
-    batch_size: int,
-    precision: str,
     on_error: str,
 ) -> None:
-    """Computes those of the wanted parts that are missing, of each view just what it lacks."""
+    """Computes those of the wanted parts that are missing, of each view just what it lacks.
+
+    The images of the next two batches are read meanwhile.
+    """
     missing = {
         view: set(wanted).intersection(store.missing_parts()) for view, store in stores.items()
     }
     parts = sorted(set().union(*missing.values()))
     part_rows = next(iter(stores.values())).manifest.part_rows
     ranges = {p: range(p * part_rows, min((p + 1) * part_rows, len(images))) for p in parts}
-    total = sum(len(ranges[part]) for parts_of_view in missing.values() for part in parts_of_view)
-    with tqdm(total=total, unit="img", desc=f"features of {backbone.name}", disable=None) as bar:
+    makers = {
+        part: {view: getattr(degradation, view) for view in stores if part in missing[view]}
+        for part in parts
+    }
+    items = [(index, makers[part]) for part, indices in ranges.items() for index in indices]
+    ahead = 2 * forward.batch_size
+    total = sum(len(ranges[part]) * len(makers[part]) for part in parts)
+    name = forward.backbone.name
+    with (
+        closing(_ahead(lambda item: _read_views(images, *item), items, ahead)) as read,
+        tqdm(total=total, unit="img", desc=f"features of {name}", disable=None) as bar,
+    ):
         for part, indices in ranges.items():
-            makers = {view: getattr(degradation, view) for view in stores if part in missing[view]}
-            views, ids, skipped = _read_views(images, indices, makers, on_error)
-            for view, pixels in views.items():
-                features = _run(backbone, pixels, batch_size, precision, bar.update)
-                _check_finite(features, ids, view)
-                stores[view].write_part(part, Rows(ids, features, skipped))
-            bar.update(len(skipped) * len(makers))
+            views: dict[str, list[Tensor]] = {view: [] for view in makers[part]}
+            ids: list[str] = []
+            skipped: dict[str, str] = {}
+            for index, found in zip(indices, read, strict=False):
+                if isinstance(found, ImageError):
+                    if on_error == "raise":
+                        raise found
+                    skipped[images.ids[index]] = str(found)
+                    continue
+                ids.append(images.ids[index])
+                for view, pixels in found.items():
+                    views[view].append(pixels)
+            for view, pixels_of in views.items():
+                features = forward(pixels_of, bar.update)
+                _check_finite(features, tuple(ids), view)
+                stores[view].write_part(part, Rows(tuple(ids), features, skipped))
+            bar.update(len(skipped) * len(views))
 
 
 def _read_views(
-    images: Images,
-    indices: Sequence[int],
-    makers: dict[str, Callable[[Tensor], Tensor]],
-    on_error: str,
-) -> tuple[dict[str, list[Tensor]], tuple[str, ...], dict[str, str]]:
-    """Decodes each image once and makes the wanted views of it."""
-    views: dict[str, list[Tensor]] = {view: [] for view in makers}
-    ids: list[str] = []
-    skipped: dict[str, str] = {}
-    for index in indices:
-        try:
-            image = images.read(index)
-        except ImageError as error:
-            if on_error == "raise":
-                raise
-            skipped[images.ids[index]] = str(error)
-            continue
-        ids.append(images.ids[index])
-        for view, make in makers.items():
-            views[view].append(make(image))
-    return views, tuple(ids), skipped
+    images: Images, index: int, makers: Mapping[str, Callable[[Tensor], Tensor]]
+) -> dict[str, Tensor] | ImageError:
+    """Decodes an image once and makes the wanted views of it; or why that cannot be."""
+    try:
+        image = images.read(index)
+    except ImageError as error:
+        return error
+    return {view: make(image) for view, make in makers.items()}
 
 
-def _run(
-    backbone: Backbone,
-    pixels: list[Tensor],
-    batch_size: int,
-    precision: str,
-    advance: Callable[[int], object],
-) -> Tensor:
-    if not pixels:
-        return torch.empty(0, 0)
-    device = next((p.device for p in backbone.module.parameters()), torch.device("cpu"))
-    autocast: AbstractContextManager[object] = (
-        torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    )
-    kept = torch.bfloat16 if precision == "bf16" else torch.float32
-    rows = []
-    with frozen(backbone.module), autocast:
-        for start in range(0, len(pixels), batch_size):
-            batch = torch.stack(pixels[start : start + batch_size]).to(device)
-            output = backbone.module(backbone.preprocessing(batch))
-            rows.append(_as_rows(backbone, output, len(batch), kept))
-            advance(len(batch))
-    return torch.cat(rows)
+def _ahead(run: Callable[[T], S], items: Iterable[T], count: int) -> Generator[S, None, None]:
+    """What `run` gives for each item, in order, computed by threads `count` items ahead."""
+    threads = min(_MOST_READERS, torch.get_num_threads())
+    pool = ThreadPoolExecutor(threads, "featxfer-reader", _one_core)
+    waiting: deque[Future[S]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(run, item))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _as_rows(backbone: Backbone, output: object, count: int, dtype: torch.dtype) -> Tensor:
-    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != count:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"backbone {backbone.name}: got output {got}, wanted ({count}, d)")
-    return output.to("cpu", dtype)
+def _one_core() -> None:
+    """Makes torch's operations in this thread run in it alone: there are several such threads."""
+    torch.get_num_threads()  # torch sets the number when it is first asked, so it is asked before
+    threadpool_limits(1, user_api="openmp")
 
 
 def _check_finite(features: Tensor, ids: tuple[str, ...], view: str) -> None:

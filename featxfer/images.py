@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Images:
 
     Args:
         ids: one name an image, unique.
-        read: index -> uint8 RGB `(3, h, w)`; raises `ImageError`.
+        read: index -> uint8 RGB `(3, h, w)`; raises `ImageError`. Called by several threads.
         fingerprint: hash of what the pixels depend on (names, sizes, modification times).
         targets: the dataset's target of each image, or None where there are none.
     """
@@ -198,8 +199,11 @@ def _from_dataset(dataset: SizedDataset) -> Images:
     if len(dataset) == 0:
         raise ValueError("images: got an empty Dataset, wanted at least one image")
 
+    lock = threading.Lock()  # a Dataset of a user's own may not be made for several threads
+
     def read(index: int) -> Tensor:
-        return _as_pixels(_item(dataset, index)[0], index)
+        with lock:
+            return _as_pixels(_item(dataset, index)[0], index)
 
     digest, targets = hashlib.sha256(), []
     for index in range(len(dataset)):

@@ -21,9 +21,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from benchmarks.versions import versions
 from featxfer import EpochLog, Images, PseudoLabelTrainer, Recipe
 from featxfer._files import write_atomic
+from featxfer.forward import bf16_is_fast
 from featxfer.voc import ObjectBoxes
 from featxfer_integrations import load_model
-from featxfer_integrations.deep import bf16_is_fast
 
 KINDS = ("faster-rcnn", "retinanet")
 BACKBONE = "tf_efficientnet_lite0"

@@ -15,7 +15,10 @@ import click
 @click.option("--lr-size", default=32, help="Side of the LR image, pixels.")
 @click.option("--hr-size", default=224, help="Side of the backbone's input, pixels.")
 @click.option("--cache", type=Path, required=True, help="Folder of the feature stores.")
-@click.option("--precision", default="fp32", help="fp32 or bf16.")
+@click.option(
+    "--precision", default="auto", help="fp32, for reproduction; bf16; auto: if it is fast."
+)
+@click.option("--compile", default="auto", help="on, off; auto: for many images.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option("--on-error", default="raise", help="At an unreadable image: raise or skip.")
 def extract(
@@ -27,6 +30,7 @@ def extract(
     hr_size: int,
     cache: Path,
     precision: str,
+    compile: str,
     device: str,
     on_error: str,
 ) -> None:
@@ -55,15 +59,15 @@ def extract(
     degradation = Degradation(hr_size, lr_size)
     if world_size > 1:
         stores = fill_stores(
-            loaded, source, degradation, cache, precision=precision, on_error=on_error,
-            rank=rank, world_size=world_size,
+            loaded, source, degradation, cache, precision=precision, compile=compile,
+            on_error=on_error, rank=rank, world_size=world_size,
         )  # fmt: skip
         for filled in stores.values():
             left, count = len(filled.missing_parts()), filled.part_count
             click.echo(f"process {rank}: {filled.directory}, {left} of {count} parts are missing")
         return
     features = extract_features(
-        loaded, source, degradation, cache, precision=precision, on_error=on_error
+        loaded, source, degradation, cache, precision=precision, compile=compile, on_error=on_error
     )
     for name, reason in features.skipped.items():
         click.echo(f"skipped {name}: {reason}", err=True)

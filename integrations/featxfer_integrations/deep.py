@@ -28,6 +28,7 @@ from featxfer import (
 )
 from featxfer.backbone import Backbone, frozen
 from featxfer.features import fill_stores
+from featxfer.forward import bf16_is_fast
 from featxfer.images import Images, cropped, flipped
 from featxfer.labels import Clustering
 from featxfer.store import FeatureStore, StoredRows
@@ -470,11 +471,3 @@ def _key(
     said = [list(configs), recipe.to_dict(), seed, hr_share, torch.__version__]
     digest.update(json.dumps(said).encode())
     return digest.hexdigest()[:32]
-
-
-def bf16_is_fast(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    fast: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return fast

@@ -31,6 +31,7 @@ from featxfer import (
 )
 from featxfer._checks import check_integer
 from featxfer.features import software_versions
+from featxfer.forward import bf16_is_fast
 from featxfer.hub import TransferModule
 from featxfer.labels import LabelDiagnostics
 from featxfer_integrations._attach import (
@@ -51,7 +52,7 @@ from featxfer_integrations._fitting import (
 )
 from featxfer_integrations.attach import backbone_sha256, find_places, host_of, maps_at
 from featxfer_integrations.boxes import DRAW, MOST_ROWS, Sampler, detector_key, fill_box_stores
-from featxfer_integrations.deep import BlockPlan, bf16_is_fast, new_blocks
+from featxfer_integrations.deep import BlockPlan, new_blocks
 from featxfer_integrations.detector_blocks import (
     BOXES,
     DETECTOR_RECIPE,

@@ -19,7 +19,7 @@ from sklearn.utils.estimator_checks import (
     check_transformer_get_feature_names_out,
     parametrize_with_checks,
 )
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from featxfer import FEATURES_RECIPE, DivergenceError, EpochLog, FeatureTransferHead, Recipe
 from featxfer.estimator import FeatureTransfer

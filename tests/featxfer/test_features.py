@@ -294,7 +294,8 @@ def test_bad_outputs_are_named(
     [
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"part_rows": 0}, "part_rows: got 0"),
-        ({"precision": "fp8"}, "precision: got 'fp8', wanted one of 'fp32', 'bf16'"),
+        ({"precision": "fp8"}, "precision: got 'fp8', wanted one of 'auto', 'fp32', 'bf16'"),
+        ({"compile": "maybe"}, "compile: got 'maybe', wanted one of 'auto', 'on', 'off'"),
         ({"on_error": "warn"}, "on_error: got 'warn', wanted one of 'raise', 'skip'"),
     ],
 )

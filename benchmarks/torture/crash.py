@@ -29,7 +29,6 @@ from featxfer import (
     Backbone,
     Degradation,
     FeatureStore,
-    Images,
     Preprocessing,
     fill_stores,
     open_images,
@@ -47,7 +46,7 @@ class Job:
 
     Args:
         images: folder.
-        root: folder of stores and of the list of images that were read.
+        root: folder of stores and of the count of views that were computed.
     """
 
     images: Path
@@ -59,20 +58,19 @@ class Job:
         return self.root / "cache"
 
     def run(self, rank: int = 0, world_size: int = 1) -> None:
-        """Extracts, and adds a byte to a file for each image that is read."""
+        """Extracts, and adds a byte to a file for each view of an image that is computed."""
         torch.set_num_threads(1)
-        images, said = open_images(self.images), self.root / "read"
         self.root.mkdir(parents=True, exist_ok=True)
+        backbone = small_backbone()
 
-        def read(index: int) -> torch.Tensor:
-            with open(said, "ab", buffering=0) as file:
-                file.write(b".")
-            return images.read(index)
+        def count(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            with open(self.root / "computed", "ab", buffering=0) as file:
+                file.write(b"." * len(inputs[0]))
 
-        counted = Images(images.ids, read, images.fingerprint)
+        backbone.module.register_forward_pre_hook(count)
         fill_stores(
-            small_backbone(),
-            counted,
+            backbone,
+            open_images(self.images),
             VIEW,
             self.cache,
             part_rows=PART_ROWS,
@@ -81,9 +79,9 @@ class Job:
         )
 
     @property
-    def read(self) -> int:
-        """How many images have been read, in all runs."""
-        said = self.root / "read"
+    def computed(self) -> int:
+        """How many views of images have been computed, in all runs."""
+        said = self.root / "computed"
         return said.stat().st_size if said.exists() else 0
 
     def contents(self) -> dict[str, bytes]:
@@ -213,7 +211,7 @@ def started(
 def run_killed(folder: Path, count: int, seed: int, parts: int = 6) -> Outcome:
     """SIGKILL at `count` random moments, and once at every write, fsync and rename.
 
-    What is there then is whole, the next run reads at most a part's images again, and the store is
+    What is there then is whole, the next run computes at most one part again, and the store is
     that of an undisturbed run, bit for bit.
     """
     photographs = make_photographs(folder / "photographs", parts * PART_ROWS)
@@ -231,7 +229,7 @@ def run_killed(folder: Path, count: int, seed: int, parts: int = 6) -> Outcome:
         with started(job) as process:
             time.sleep(moment)
             process.kill()
-        in_between += 0 < job.read < undisturbed.read
+        in_between += 0 < job.computed < undisturbed.computed
         faults += _after(job, undisturbed, f"killed after {moment:.4f} s")
     counted = Faults(0, _nothing)
     with guarded(counted):
@@ -257,8 +255,8 @@ def _after(job: Job, undisturbed: Job, name: str) -> list[str]:
     job.run()
     if job.contents() != wanted:
         faults.append(f"{name}: another store than that of an undisturbed run")
-    if job.read > undisturbed.read + PART_ROWS:
-        faults.append(f"{name}: {job.read} images read, of {undisturbed.read}")
+    if job.computed > undisturbed.computed + PART_ROWS:
+        faults.append(f"{name}: {job.computed} views computed, of {undisturbed.computed}")
     return faults
 
 
@@ -313,8 +311,8 @@ def run_together(folder: Path, most_images: int = 17) -> Outcome:
                 faults.append(f"{name}: exit codes {codes}")
             if job.contents() != undisturbed.contents():
                 faults.append(f"{name}: other rows than one process")
-            if ranks == world_size and job.read != count:
-                faults.append(f"{name}: {job.read} images read")
+            if ranks == world_size and job.computed != 2 * count:
+                faults.append(f"{name}: {job.computed} views computed")
     return Outcome(cases, faults)
 
 

@@ -199,7 +199,7 @@ def test_interrupted_and_resumed(
     """Ctrl-C in each stage, then the same command: the figures of a run that nothing disturbed."""
     whole = json.loads(invoke([*arguments, "--no-figures", "--json"]).stdout)
     target = {
-        "features": "featxfer.features._run",
+        "features": "featxfer.forward.Forward.__call__",
         "heads": "featxfer.trainer.PseudoLabelTrainer._epoch",
         "svms": "benchmarks.voc2007.run.average_precisions",
     }[stage]

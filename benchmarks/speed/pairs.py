@@ -26,13 +26,15 @@ class Way:
         return time.perf_counter() - start
 
 
-def time_pairs(name: str, first: Way, second: Way, pairs: int) -> dict[str, Any]:
-    """Runs both once to warm up, then `pairs` times each, who begins alternating.
+def time_pairs(
+    name: str, first: Way, second: Way, pairs: int, *, warm_up: bool = True
+) -> dict[str, Any]:
+    """Runs both once to warm up, unless told not to, then `pairs` times each in turns.
 
     Returns median milliseconds of each and the median of the ratios second / first, with the
     quarter and three-quarter marks of the ratios.
     """
-    for way in (first, second):
+    for way in (first, second) if warm_up else ():
         way.seconds()
     times = []
     for index in tqdm(range(pairs), desc=name, unit="pair", disable=None, leave=False):

@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import timm
+import torch
 from click.testing import CliRunner
 
-from benchmarks.speed import attached
+from benchmarks.speed import attached, stages
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.pairs import Way, time_pairs
+from benchmarks.voc2007.sample_devkit import render_sample
+from featxfer import Backbone, Degradation, VOCDevkit, extract_features
 
 FOLDER = Path(attached.__file__).parent
 
@@ -68,3 +73,40 @@ def test_the_readmes_table_of_blocks_is_that_of_the_committed_results() -> None:
 def test_the_readmes_tables_are_those_of_the_committed_results(folder: str) -> None:
     rows = json.loads((FOLDER / "results" / folder / "results.json").read_text())["rows"]
     assert attached.to_markdown(rows) in (FOLDER / "README.md").read_text()
+
+
+def test_stages_are_measured_against_what_most_people_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "ARITHMETICS", (("fp32", "off"), ("bf16", "off")))
+    devkit = render_sample(tmp_path / "kit", trainval=60, test=20)
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), weights)
+    arguments = ["stages", "--root", devkit, "--backbone", "timm/test_resnet", "--weights", weights]
+    arguments += ["--images", 9, "--workers", 0, "--rows", 120, "--width", 12, "--pairs", 1]
+    result = CliRunner().invoke(main, [*map(str, arguments), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["what"].split(",")[0] for row in results["rows"]] == [
+        "extraction", "extraction", "680 SVMs on 120 x 12", "k-means of 120 x 12",
+        "a head of 4",
+    ]  # fmt: skip
+    svms = results["rows"][2]
+    assert abs(svms["mAP apart"]) < 2
+    assert [row["what"] for row in results["map"]] == ["fp32", "bf16"]
+    assert results["map"][0]["hr apart"] == 0
+    refused = CliRunner().invoke(main, ["stages", "--out", str(tmp_path)])
+    assert "root: got none, wanted a devkit for extraction" in refused.output
+
+
+def test_the_plain_loop_gives_nearly_the_same_features(tmp_path: Path) -> None:
+    devkit = VOCDevkit(render_sample(tmp_path / "kit", trainval=6, test=2))
+    torch.manual_seed(0)
+    backbone = Backbone(timm.create_model("test_resnet", num_classes=0).eval())
+    paths = [devkit.root / "JPEGImages" / f"{name}.jpg" for name in devkit.ids("trainval")]
+    plain = stages.plain_loop(backbone, paths, Degradation(), 0)
+    ours = extract_features(backbone, devkit.images("trainval"), Degradation(), tmp_path / "cache")
+    for view in ("hr", "lr"):
+        alike = torch.cosine_similarity(plain[view], getattr(ours, view))
+        assert float(alike.min()) > 0.99

@@ -194,7 +194,9 @@ class PseudoLabelTrainer:
     as frozen layers behind a block, are left alone.
 
     Args:
-        head: of rows `(n, d)`; trained in place, on the device of its parameters.
+        head: of rows `(n, d)`; trained in place, on the device of its parameters. In several
+            processes a `DistributedDataParallel` of it: each process then draws from rows of its
+            own, as many in each, and all have the same weights.
         recipe: see `Recipe`.
         objective: what is minimised; by default the paper's cross-entropy on pseudo-labels.
         seed: of the order of the rows and of dropout. In `fit` the global random state is neither

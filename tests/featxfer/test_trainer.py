@@ -3,13 +3,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from featxfer import (
     CheckpointError,
@@ -331,3 +335,55 @@ def test_frozen_parameters_are_left_alone() -> None:
     assert not torch.equal(head.fc2.weight, new_head().fc2.weight)
     with pytest.raises(ValueError, match="head: got no parameter that asks for a gradient"):
         PseudoLabelTrainer(head.requires_grad_(False), RECIPE)
+
+
+@dataclasses.dataclass(frozen=True)
+class InOrder:
+    """Rows as they are; of several processes each takes its share of every batch."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        return torch.arange(len(self.inputs))
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inputs[indices], self.targets[indices]
+
+
+def train_in_order(head: nn.Module, rank: int, world_size: int) -> None:
+    """40 rows in batches of 8, or one process's share of them."""
+    generator = torch.Generator().manual_seed(3)
+    rows, labels = torch.randn(40, 6, generator=generator), torch.arange(40) % 4
+    mine = InOrder(rows[rank::world_size], labels[rank::world_size])
+    recipe = Recipe(epochs=3, batch_size=8 // world_size, learning_rate=0.1)
+    PseudoLabelTrainer(head, recipe).fit_rows(mine)
+
+
+def train_distributed(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    head = FeatureTransferHead(6, 4, 8, output="clusters", seed=rank)
+    train_in_order(DistributedDataParallel(head), rank, 2)
+    dist.destroy_process_group()
+    safetensors.torch.save_file(head.state_dict(), folder / f"{rank}.safetensors")
+
+
+def test_two_processes_train_the_head_that_one_does(tmp_path: Path) -> None:
+    """`DistributedDataParallel`: each has its share of the rows, and all the same weights."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=train_distributed, args=(r, tmp_path)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    alone = FeatureTransferHead(6, 4, 8, output="clusters", seed=0)
+    before = {name: value.clone() for name, value in alone.state_dict().items()}
+    train_in_order(alone, 0, 1)
+    found = [safetensors.torch.load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
+    for name, value in alone.state_dict().items():
+        assert found[0][name].equal(found[1][name])
+        torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-6)
+    assert not before["fc1.weight"].equal(alone.state_dict()["fc1.weight"])

@@ -198,8 +198,8 @@ METHODS: Mapping[str, Method] = {
     "boxes": Method("heads: class branch", lambda s: s.fitted(where="boxes")),
     "both": Method("heads: class and box branch", both_branches),
     "fpn": Method("blocks on the pyramid", lambda s: s.fitted(where="fpn")),
-    "backbone": Method("blocks in the backbone", blocks_alone),
     "all": Method("blocks in the backbone, heads", blocks_and_heads),
+    "backbone": Method("blocks in the backbone", blocks_alone),
 }
 """Methods by the name that `--methods` takes."""
 

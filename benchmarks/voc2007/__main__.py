@@ -58,6 +58,10 @@ def _sizes(_: Any, __: Any, value: str) -> tuple[int, ...]:
 @click.option("--learning-rate", default=0.03)
 @click.option("--weight-decay", default=5e-4)
 @click.option("--on-error", default="raise", help="At an unreadable image: raise or skip.")
+@click.option(
+    "--precision", default="fp32", help="fp32, as published; bf16; auto: bf16 where it is fast."
+)
+@click.option("--compile", default="off", help="on, off; auto: for many images.")
 @click.option("--svm", default="reference", help="reference: LIBLINEAR; fast: all at once.")
 @click.option("--jobs", default=os.cpu_count() or 1, help="Reference SVMs at a time.")
 @click.option("--out", type=Path, help="Folder of the results.  [default: runs/voc2007/...]")

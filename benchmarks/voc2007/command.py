@@ -95,6 +95,8 @@ def parse(given: Mapping[str, Any]) -> Options:
         out=given["out"] or Path(),
         cache=given["cache"] or default_cache(),
         on_error=given["on_error"],
+        precision=given["precision"],
+        compile=given["compile"],
         svm=given["svm"],
         jobs=given["jobs"],
     )

@@ -82,7 +82,13 @@ def _load_split(options: Options, devkit: VOCDevkit, backbone: Backbone, split: 
     labels = devkit.labels(split)
     images = devkit.images(split)
     features = extract_features(
-        backbone, images, options.degradation, options.cache / "features", on_error=options.on_error
+        backbone,
+        images,
+        options.degradation,
+        options.cache / "features",
+        precision=options.precision,
+        compile=options.compile,
+        on_error=options.on_error,
     )
     kept = set(features.ids)
     return Split(features, labels[np.array([name in kept for name in images.ids])])

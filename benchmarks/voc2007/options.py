@@ -10,6 +10,7 @@ from typing import Any
 from featxfer import PROTOCOLS, Degradation, Recipe
 from featxfer._checks import check_choice, check_integer
 from featxfer.features import SCALINGS
+from featxfer.forward import COMPILE, PRECISIONS
 from featxfer.head import ACTIVATIONS
 from featxfer.labels import ASSIGNMENTS, BACKENDS
 from featxfer.metrics import AVERAGE_PRECISIONS
@@ -66,6 +67,8 @@ class Options:
     out: Path
     cache: Path
     on_error: str
+    precision: str
+    compile: str
     svm: str
     jobs: int
 
@@ -77,6 +80,8 @@ class Options:
         check_choice("methods", self.methods, METHODS)
         if self.methods == "all" and self.on_error != "raise":
             raise ValueError(f"on_error: got {self.on_error!r} with methods 'all', wanted 'raise'")
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("compile", self.compile, COMPILE)
         check_choice("svm", self.svm, SVMS)
         check_choice("labels", self.labels, ASSIGNMENTS)
         check_choice("ap", self.ap, AVERAGE_PRECISIONS)
@@ -112,6 +117,8 @@ class Options:
             "seeds": list(range(self.seeds)),
             "protocols": list(self.protocols),
             "ap": self.ap,
+            "precision": self.precision,
+            "compile": self.compile,
             "svm": self.svm,
             "network": self.network.to_dict(),
             "grid": self.grid,

@@ -178,6 +178,20 @@ def test_fast_svms_find_what_the_reference_finds(arguments: list[str]) -> None:
     assert all(fits > 0 for fits in kept)
 
 
+def test_precision_and_compile_reach_the_features(arguments: list[str]) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        done = invoke([*arguments, "--no-figures", "--json", "--precision", precision])
+        assert done.exit_code == 0, done.output
+        found[precision] = json.loads(done.stdout)
+        assert found[precision]["config"]["precision"] == precision
+    keys = [results["data"]["feature_keys"]["test"]["hr"] for results in found.values()]
+    assert keys[0] != keys[1]
+    refused = refuse(arguments, "--precision", "fp16")
+    assert "precision: got 'fp16', wanted" in refused
+    assert "compile: got 'maybe', wanted" in refuse(arguments, "--compile", "maybe")
+
+
 def test_a_second_run_computes_nothing(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

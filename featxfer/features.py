@@ -285,7 +285,7 @@ def _fill(
         part: {view: getattr(degradation, view) for view in stores if part in missing[view]}
         for part in parts
     }
-    items = [(index, makers[part]) for part, indices in ranges.items() for index in indices]
+    items = ((index, makers[part]) for part, indices in ranges.items() for index in indices)
     ahead = 2 * forward.batch_size
     total = sum(len(ranges[part]) * len(makers[part]) for part in parts)
     name = forward.backbone.name

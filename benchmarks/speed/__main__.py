@@ -1,4 +1,4 @@
-"""`python -m benchmarks.speed attached`: timings, side by side in one run."""
+"""`python -m benchmarks.speed`: timings, side by side in one run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 import torch
 
 from benchmarks.shell import told_errors
-from benchmarks.speed import attached, stages
+from benchmarks.speed import attached, job, memory, stages
 from benchmarks.versions import versions
 from featxfer import VOCDevkit
 from featxfer._files import write_atomic
@@ -47,12 +47,8 @@ def time_attached(
         for row in measure(models, batches, seconds, device):
             rows.append(row)
             click.echo(json.dumps(row))
-        results = {"machine": _machine(device), "versions": versions(), "rows": rows}
-        text = json.dumps(results, indent=1, sort_keys=True) + "\n"
         summary = attached.blocks_to_markdown(rows) if blocks else attached.to_markdown(rows)
-        write_atomic(out / "results.json", text.encode())
-        write_atomic(out / "summary.md", summary.encode())
-        click.echo(f"Wrote {out}/results.json and summary.md")
+        _write(out, {"rows": rows}, summary, device)
 
 
 STAGES = ("extraction", "svms", "kmeans", "heads")
@@ -101,13 +97,42 @@ def time_stages(
             timed += stages.measure_kmeans(rows, width, pairs)
         if "heads" in only:
             timed += stages.measure_heads(rows, width, 4096, pairs)
-        results = {"machine": _machine("cpu"), "versions": versions(), "rows": timed, "map": apart}
         summary = stages.to_markdown(timed)
         if apart:
             summary += "\n" + stages.map_to_markdown(apart)
-        write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-        write_atomic(out / "summary.md", summary.encode())
-        click.echo(f"{summary}\nWrote {out}/results.json and summary.md")
+        _write(out, {"rows": timed, "map": apart}, summary)
+
+
+@main.command("job")
+@click.option("--root", type=Path, help="A devkit in VOC layout.  [default: the sample]")
+@click.option("--svm", default="reference")
+@click.option("--out", type=Path, default=Path("runs/speed/job"))
+def time_job(root: Path | None, svm: str, out: Path) -> None:
+    """`python -m benchmarks.voc2007`, as README has it, cold and warm, and where its time goes."""
+    arguments = ["--svm", svm]
+    if root is not None:
+        arguments += ["--root", str(root.resolve()), "--weights", "demo"]
+    with told_errors(), tempfile.TemporaryDirectory() as folder:
+        measured = job.measure_job(arguments, Path(folder))
+        _write(out, {"svm": svm, **measured}, job.to_markdown(measured))
+
+
+@main.command("memory")
+@click.option("--images", "counts", multiple=True, default=(1_000, 10_000, 100_000))
+@click.option("--out", type=Path, default=Path("runs/speed/memory"))
+def watch_memory(counts: tuple[int, ...], out: Path) -> None:
+    """The most memory that extraction takes, over the number of images."""
+    with told_errors(), tempfile.TemporaryDirectory() as folder:
+        rows = list(memory.measure_memory(counts, Path(folder)))
+        _write(out, {"rows": rows}, memory.to_markdown(rows))
+
+
+def _write(out: Path, measured: dict[str, Any], summary: str, device: str = "cpu") -> None:
+    """Writes `results.json` and `summary.md` and prints the latter."""
+    results = {"machine": _machine(device), "versions": versions(), **measured}
+    write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_atomic(out / "summary.md", summary.encode())
+    click.echo(f"{summary}\nWrote {out}/results.json and summary.md")
 
 
 def _machine(device: str) -> dict[str, str | int]:

@@ -9,7 +9,7 @@ import timm
 import torch
 from click.testing import CliRunner
 
-from benchmarks.speed import attached, stages
+from benchmarks.speed import attached, job, stages
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.pairs import Way, time_pairs
 from benchmarks.voc2007.sample_devkit import render_sample
@@ -98,6 +98,28 @@ def test_stages_are_measured_against_what_most_people_write(
     assert results["map"][0]["hr apart"] == 0
     refused = CliRunner().invoke(main, ["stages", "--out", str(tmp_path)])
     assert "root: got none, wanted a devkit for extraction" in refused.output
+
+
+def test_the_job_is_timed_cold_and_warm_and_by_stage(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), weights)
+    arguments = ["--sample", "40", "20", "--backbone", "timm/test_resnet", "--weights", weights]
+    arguments += ["--hr-size", 64, "--lr-size", 8, "--clusters", 5, "--hidden", 16, "--epochs", 2]
+    arguments += ["--seeds", 1, "--protocol", "plain"]
+    measured = job.measure_job([str(part) for part in arguments], tmp_path)
+    assert measured["warm"] < measured["cold"]
+    for name, stage in list(measured["stages"].items())[:-1]:
+        assert 0 < stage["floor"] <= stage["seconds"] < measured["profiled"], name
+
+
+def test_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    arguments = ["memory", "--images", "5", "--images", "120", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["images"] for row in rows] == [5, 120]
+    assert 0 < rows[0]["extraction_mib"] < rows[1]["extraction_mib"]
 
 
 def test_the_plain_loop_gives_nearly_the_same_features(tmp_path: Path) -> None:

@@ -117,6 +117,17 @@ def time_job(root: Path | None, svm: str, out: Path) -> None:
         _write(out, {"svm": svm, **measured}, job.to_markdown(measured))
 
 
+@main.command("samples")
+@click.option("--rows", default=1_000_000)
+@click.option("--width", default=64)
+@click.option("--out", type=Path, default=Path("runs/speed/samples"))
+def cluster_samples(rows: int, width: int, out: Path) -> None:
+    """k-means of a sample of made features against k-means of all."""
+    with told_errors():
+        found = list(stages.measure_samples(rows, width))
+        _write(out, {"width": width, "rows": found}, stages.samples_to_markdown(found))
+
+
 @main.command("memory")
 @click.option("--images", "counts", multiple=True, default=(1_000, 10_000, 100_000))
 @click.option("--out", type=Path, default=Path("runs/speed/memory"))

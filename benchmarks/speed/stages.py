@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from featxfer import (
     FeatureTransferHead,
     Recipe,
     VOCDevkit,
+    assign,
     average_precisions,
     extract_features,
     fit_head,
@@ -182,6 +184,31 @@ def measure_kmeans(rows: int, width: int, pairs: int) -> Iterator[Row]:
     ours, theirs = (Way(lambda: None, partial(cluster, name)) for name in ("faiss", "sklearn"))
     timed = time_pairs("k-means", ours, theirs, pairs)
     yield {"what": f"k-means of {rows:,} x {width:,}", **timed, "inertia": found}
+
+
+def measure_samples(rows: int, width: int) -> Iterator[Row]:
+    """100 clusters of a sample, of 64, 256 and 1,024 rows a cluster, and of all rows.
+
+    Inertia is the mean squared distance of all rows to the nearest centroid, over that of all's.
+    """
+    features = made_features(rows, width, 20)[0]
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    found = []
+    for count in (rows, *(size for size in (102_400, 25_600, 6_400) if size < rows)):
+        start = time.perf_counter()
+        centroids = kmeans(features[order[:count]], 100, seed=0).centroids
+        seconds = time.perf_counter() - start
+        nearest = centroids[assign(features, centroids)]
+        inertia = float((features - nearest).square().sum(1).mean())
+        found.append({"rows": count, "seconds": seconds, "inertia": inertia})
+    for row in found:
+        yield {**row, "inertia": row["inertia"] / found[0]["inertia"]}
+
+
+def samples_to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line a sample."""
+    cells = ([f"{row['rows']:,}", f"{row['seconds']:.1f}", f"{row['inertia']:.4f}"] for row in rows)
+    return markdown_table(["k-means, s", "inertia of all rows"], cells, "clustered rows")
 
 
 def loader_loop(head: nn.Module, rows: Tensor, labels: Tensor, recipe: Recipe) -> None:

@@ -113,6 +113,17 @@ def test_the_job_is_timed_cold_and_warm_and_by_stage(tmp_path: Path) -> None:
         assert 0 < stage["floor"] <= stage["seconds"] < measured["profiled"], name
 
 
+def test_a_sample_clusters_nearly_as_well_as_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["samples", "--rows", "7000", "--width", "8", "--out", str(out)]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["rows"] for row in rows] == [7000, 6400]
+    assert rows[0]["inertia"] == 1
+    assert 0.9 < rows[-1]["inertia"] < 1.1
+
+
 def test_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
     arguments = ["memory", "--images", "5", "--images", "120", "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(main, arguments)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from featxfer._checks import ArrayLike, as_features, check_choice, check_integer, check_paired
 from featxfer._files import write_atomic
+from featxfer.forward import PRECISIONS, bf16_is_fast
 from featxfer.head import FeatureTransferHead
 from featxfer.labels import Clustering, pseudo_labels
 from featxfer.objectives import LabelCrossEntropy, Objective, make_objective
@@ -110,12 +111,14 @@ class Recipe:
                 lr=self.learning_rate,
                 momentum=self.momentum,
                 weight_decay=self.weight_decay,
+                fused=True,
             )
         return torch.optim.AdamW(
             parameters,
             lr=self.learning_rate,
             betas=(self.momentum, 0.999),
             weight_decay=self.weight_decay,
+            fused=True,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,6 +204,8 @@ class PseudoLabelTrainer:
         objective: what is minimised; by default the paper's cross-entropy on pseudo-labels.
         seed: of the order of the rows and of dropout. In `fit` the global random state is neither
             read nor changed.
+        precision: of the head's matrix products: "fp32"; "bf16", by autocast; "auto", that where
+            the hardware multiplies in it. Weights, optimizer and loss are as they are.
     """
 
     def __init__(
@@ -210,8 +215,10 @@ class PseudoLabelTrainer:
         *,
         objective: Objective | None = None,
         seed: int = 0,
+        precision: str = "fp32",
     ) -> None:
         check_integer("seed", seed, at_least=0)
+        check_choice("precision", precision, PRECISIONS)
         self.head = head
         self.recipe = recipe or Recipe()
         self.objective = objective or LabelCrossEntropy()
@@ -220,6 +227,7 @@ class PseudoLabelTrainer:
         if not self.parameters:
             raise ValueError("head: got no parameter that asks for a gradient, wanted one")
         self.optimizer = self.recipe.make_optimizer(self.parameters.values())
+        self.precision = precision
 
     def step(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """One update on a mini-batch of features `(b, d)` and their targets, on the head's device.
@@ -227,11 +235,22 @@ class PseudoLabelTrainer:
         Returns the loss before the update, detached, and the number of right labels: two scalars.
         The learning rate is the optimizer's own: set it as you like.
         """
-        loss, right = self.objective(self.head(features), targets)
+        loss, right = self.objective(self._outputs(features), targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return loss.detach(), right
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def _outputs(self, features: Any) -> Any:
+        device = self._device
+        if self.precision == "fp32" or (self.precision == "auto" and not bf16_is_fast(device)):
+            return self.head(features)
+        with torch.autocast(device.type, torch.bfloat16):
+            return self.head(features).float()
 
     def fit(
         self,
@@ -260,14 +279,13 @@ class PseudoLabelTrainer:
             DivergenceError: a loss that is not finite; the head keeps the last good epoch.
         """
         rows = as_features("features", features)
-        device = next(iter(self.parameters.values())).device
         sets = [(rows, targets)]
         if held_out is not None:
             sets.append((as_features("held_out", held_out[0], width=rows.shape[1]), held_out[1]))
-        sets = [(part.to(device), wanted.to(device)) for part, wanted in sets]
+        sets = [(part.to(self._device), wanted.to(self._device)) for part, wanted in sets]
         with torch.no_grad(), _evaluating(self.head):
             for part, wanted in sets:
-                self.objective.check(self.head(part[:1]), wanted, len(part))
+                self.objective.check(self._outputs(part[:1]), wanted, len(part))
         others = [_InMemory(*part) for part in sets[1:]]
         return self.fit_rows(
             _InMemory(*sets[0]), held_out=others[0] if others else None, callback=callback
@@ -300,11 +318,10 @@ class PseudoLabelTrainer:
         """
         progress = _Progress(torch.Generator().manual_seed(self.seed))
         training = self.head.training
-        device = next(iter(self.parameters.values())).device
-        devices = [device] if device.type == "cuda" else []
+        devices = [self._device] if self._device.type == "cuda" else []
         judge = None
         if held_out is not None:
-            judge = partial(self._judge, held_out, held_out_batch, device)
+            judge = partial(self._judge, held_out, held_out_batch)
         try:
             with torch.random.fork_rng(devices):
                 torch.manual_seed(self.seed)
@@ -313,7 +330,7 @@ class PseudoLabelTrainer:
                 elif judge is not None:
                     self._note(progress, judge())
                 while not self._is_done(progress):
-                    self._epoch(progress, rows, judge, device)
+                    self._epoch(progress, rows, judge)
                     if checkpoint is not None:
                         self._keep(checkpoint, progress)
                     if callback is not None:
@@ -331,14 +348,8 @@ class PseudoLabelTrainer:
         losses = [entry.held_out_loss for entry in log if entry.held_out_loss is not None]
         return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
-    def _epoch(
-        self,
-        progress: _Progress,
-        rows: Rows,
-        judge: Callable[[], float] | None,
-        device: torch.device,
-    ) -> None:
-        start, epoch = time.perf_counter(), len(progress.log)
+    def _epoch(self, progress: _Progress, rows: Rows, judge: Callable[[], float] | None) -> None:
+        start, epoch, device = time.perf_counter(), len(progress.log), self._device
         good = {name: p.detach().clone() for name, p in self.parameters.items()}
         batches = rows.order(progress.generator).split(self.recipe.batch_size)
         first_rate = self.recipe.learning_rate_at(epoch)
@@ -374,14 +385,15 @@ class PseudoLabelTrainer:
             progress.best = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def _judge(self, held_out: Rows, size: int, device: torch.device) -> float:
+    def _judge(self, held_out: Rows, size: int) -> float:
         """The mean loss on held-out rows."""
+        device = self._device
         order = held_out.order(torch.Generator().manual_seed(0))
         total = 0.0
         with _evaluating(self.head):
             for batch in order.split(size):
                 inputs, targets = held_out.take(batch)
-                loss, _ = self.objective(self.head(inputs.to(device)), targets.to(device))
+                loss, _ = self.objective(self._outputs(inputs.to(device)), targets.to(device))
                 total += float(loss) * len(batch)
         return total / len(order)
 
@@ -436,8 +448,7 @@ class PseudoLabelTrainer:
             elif kind == "optimizer":
                 part, _, owner = name.partition(".")
                 parameter = self.parameters[owner]
-                moved = value if part == "step" else value.to(parameter.device)
-                self.optimizer.state[parameter][part] = moved
+                self.optimizer.state[parameter][part] = value.to(parameter.device)
         generator.set_state(tensors["random.order"])
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors:
@@ -475,6 +486,7 @@ def fit_head(
     labels: str = "nearest",
     recipe: Recipe | None = None,
     seed: int = 0,
+    precision: str = "fp32",
     callback: Callable[[EpochLog], object] | None = None,
 ) -> list[EpochLog]:
     """Trains the paper's head on the pseudo-labels of a clustering; leaves the centroids in it.
@@ -487,6 +499,7 @@ def fit_head(
         labels: "nearest" (the paper) or "paired", see `pseudo_labels`.
         recipe: see `Recipe`.
         seed: of the order of the rows.
+        precision: see `PseudoLabelTrainer`.
         callback: see `PseudoLabelTrainer.fit`.
 
     Raises:
@@ -495,7 +508,8 @@ def fit_head(
     check_choice("head's output", head.output, ("clusters",))
     targets = pseudo_labels(hr, lr, clustering.centroids, labels)
     head.set_centroids(clustering.centroids)
-    return PseudoLabelTrainer(head, recipe, seed=seed).fit(lr, targets, callback=callback)
+    trainer = PseudoLabelTrainer(head, recipe, seed=seed, precision=precision)
+    return trainer.fit(lr, targets, callback=callback)
 
 
 def fit_features_head(
@@ -509,6 +523,7 @@ def fit_features_head(
     warm_start: bool = False,
     recipe: Recipe | None = None,
     seed: int = 0,
+    precision: str = "fp32",
     callback: Callable[[EpochLog], object] | None = None,
 ) -> list[EpochLog]:
     """Trains a head with output "features" towards the HR features of the same images (ours).
@@ -528,6 +543,7 @@ def fit_features_head(
         warm_start: whether the head begins with what ridge regression finds (`warm_start_head`).
         recipe: see `Recipe`; by default `FEATURES_RECIPE`.
         seed: of the order of the rows and of dropout.
+        precision: see `PseudoLabelTrainer`.
         callback: see `PseudoLabelTrainer.fit`.
 
     Raises:
@@ -557,7 +573,9 @@ def fit_features_head(
     head.set_centroids(several[0].centroids)
     if warm_start:
         warm_start_head(head, inputs, outputs)
-    trainer = PseudoLabelTrainer(head, recipe or FEATURES_RECIPE, objective=goal, seed=seed)
+    trainer = PseudoLabelTrainer(
+        head, recipe or FEATURES_RECIPE, objective=goal, seed=seed, precision=precision
+    )
     return trainer.fit(inputs, outputs, callback=callback)
 
 

@@ -59,11 +59,11 @@ def _sizes(_: Any, __: Any, value: str) -> tuple[int, ...]:
 @click.option("--weight-decay", default=5e-4)
 @click.option("--on-error", default="raise", help="At an unreadable image: raise or skip.")
 @click.option(
-    "--precision", default="fp32", help="fp32, as published; bf16; auto: bf16 where it is fast."
+    "--precision", default="fp32", help="Of features, heads: fp32, bf16, auto: bf16 if fast."
 )
 @click.option("--compile", default="off", help="on, off; auto: for many images.")
 @click.option("--svm", default="reference", help="reference: LIBLINEAR; fast: all at once.")
-@click.option("--jobs", default=os.cpu_count() or 1, help="Reference SVMs at a time.")
+@click.option("--jobs", default=os.cpu_count() or 1, help="Heads, and reference SVMs, at a time.")
 @click.option("--out", type=Path, help="Folder of the results.  [default: runs/voc2007/...]")
 @click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")

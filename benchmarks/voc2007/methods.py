@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,6 +54,7 @@ class Transfer:
         heads: folder in which trained heads are kept.
         identity: JSON-shaped; what the features are, for the heads' keys.
         card: backbone's name, its weights' hash and the degradation, for the heads' cards.
+        precision: of the heads' training, that of the features.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class Transfer:
         heads: Path,
         identity: Any,
         card: tuple[str, str, Degradation],
+        precision: str = "fp32",
     ) -> None:
-        self.network = network
+        self.network, self.precision = network, precision
         self.hr, self.lr = self.scale(hr), self.scale(lr)
         self._heads, self._identity, self._card = heads, identity, card
         self._clusterings: dict[tuple[int, int], Clustering] = {}
@@ -98,6 +101,16 @@ class Transfer:
             head.set_input_statistics(self.lr)
         return head
 
+    def train_heads(self, wanted: Iterable[tuple[Sizes, int]], jobs: int) -> None:
+        """Trains the heads of these sizes and seeds that are missing, `jobs` at a time."""
+        missing = [pair for pair in wanted if not _is_finished(self._folder(*pair)[0])]
+        for sizes, seed in missing:
+            self.clustering(sizes.clusters, seed)
+        train = delayed(self._trained)
+        started = Parallel(n_jobs=jobs, return_as="generator")(train(*pair) for pair in missing)
+        for _ in tqdm(started, total=len(missing), desc="heads", unit="head", disable=None):
+            pass
+
     def head(self, sizes: Sizes, seed: int) -> FeatureTransferHead:
         """The trained head of these sizes and this seed."""
         return FeatureTransferHead.from_pretrained(self._trained(sizes, seed))
@@ -112,7 +125,8 @@ class Transfer:
             "seconds": sum(epoch["seconds"] for epoch in epochs),
         }
 
-    def _trained(self, sizes: Sizes, seed: int) -> Path:
+    def _folder(self, sizes: Sizes, seed: int) -> tuple[Path, dict[str, Any]]:
+        """Where a head is or will be, and all that it depends on."""
         key = {
             "features": self._identity,
             "network": self.network.to_dict(),
@@ -120,8 +134,11 @@ class Transfer:
             "seed": seed,
             "versions": versions(),
         }
-        folder = self._heads / hash_key(key)
-        if not (folder / "card.json").is_file():
+        return self._heads / hash_key(key), key
+
+    def _trained(self, sizes: Sizes, seed: int) -> Path:
+        folder, key = self._folder(sizes, seed)
+        if not _is_finished(folder):
             self._train(sizes, seed, folder, key)
         return folder
 
@@ -138,11 +155,16 @@ class Transfer:
                 labels=sizes.labels,
                 recipe=recipe,
                 seed=seed,
+                precision=self.precision,
                 callback=lambda _: bar.update(),
             )
         details = {**key, "log": [dataclasses.asdict(epoch) for epoch in log]}
         name, sha256, degradation = self._card
         save_head(head, folder, Card(name, sha256, (degradation,), details))
+
+
+def _is_finished(head: Path) -> bool:
+    return (head / "card.json").is_file()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ def open_study(options: Options) -> Study:
         options.cache / "heads",
         features.keys,
         (backbone.name, backbone.weights_sha256, options.degradation),
+        options.precision,
     )
     return Study(options, data, transfer, backbone, Memo(options.cache / "rows"))
 
@@ -68,6 +70,7 @@ def run(study: Study) -> Results:
     """Every figure of the tables, computed or read from earlier, interrupted runs."""
     options, transfer = study.options, study.transfer
     seeds = range(options.seeds)
+    transfer.train_heads(_heads(study), options.jobs)
     results: Results = {
         "config": options.to_dict(),
         "data": study.data.describe(),
@@ -86,6 +89,15 @@ def run(study: Study) -> Results:
     if options.grid:
         results["table2"] = _table2(study, options.grid)
     return results
+
+
+def _heads(study: Study) -> list[tuple[Sizes, int]]:
+    """Sizes and seeds of all heads in the tables."""
+    options = study.options
+    sizes = [dataclasses.replace(study.sizes, labels=labels) for labels in ("nearest", "paired")]
+    if options.grid:
+        sizes += [Sizes(k, hidden, options.labels) for k, hidden in product(*options.grid)]
+    return [(size, seed) for size in dict.fromkeys(sizes) for seed in range(options.seeds)]
 
 
 def score(study: Study, row: Row, sizes: Sizes, seed: int, protocol: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from featxfer import (
     Recipe,
     assign,
     fit_features_head,
+    fit_head,
     kmeans,
     warm_start_head,
 )
@@ -45,6 +46,32 @@ def test_it_learns_the_labels() -> None:
     assert log[0].loss > 2 * log[-1].loss
     assert log[-1].label_accuracy > 0.95
     assert float((head(ROWS).argmax(1) == LABELS).float().mean()) > 0.95
+
+
+@pytest.mark.parametrize("output", ["clusters", "features"])
+def test_bf16_multiplies_in_it_and_learns_the_same(output: str) -> None:
+    found = {}
+    for precision in ("fp32", "bf16"):
+        head = FeatureTransferHead(10, 6, 64, output=output, dropout=0.0)
+        kinds: set[torch.dtype] = set()
+        head.fc1.register_forward_hook(lambda _, __, out, kinds=kinds: kinds.add(out.dtype))
+        clustering = kmeans(ROWS, 6, seed=0)
+        if output == "clusters":
+            log = fit_head(head, ROWS, ROWS, clustering, recipe=RECIPE, precision=precision)
+        else:
+            log = fit_features_head(
+                head, ROWS + 1, [ROWS], clustering, recipe=RECIPE, precision=precision
+            )
+        assert kinds == {torch.bfloat16 if precision == "bf16" else torch.float32}
+        assert {p.dtype for p in head.parameters()} == {torch.float32}
+        found[precision] = log[-1].loss
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.1)
+
+
+def test_another_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"precision: got 'fp16', wanted"):
+        PseudoLabelTrainer(new_head(), precision="fp16")
 
 
 def test_one_seed_gives_the_same_weights_bit_for_bit() -> None:

@@ -192,6 +192,20 @@ def test_precision_and_compile_reach_the_features(arguments: list[str]) -> None:
     assert "compile: got 'maybe', wanted" in refuse(arguments, "--compile", "maybe")
 
 
+def test_heads_trained_at_once_are_those_trained_one_by_one(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    tables = []
+    for jobs in ("1", "2"):
+        folders = ["--cache", str(tmp_path / jobs), "--jobs", jobs]
+        done = invoke([*arguments, "--no-figures", "--json", *folders])
+        assert done.exit_code == 0, done.output
+        heads = json.loads(done.stdout)["heads"]
+        tables.append([run["loss"] for runs in heads.values() for run in runs])
+    assert len(tables[0]) == 4
+    assert tables[0] == pytest.approx(tables[1], rel=1e-4)
+
+
 def test_a_second_run_computes_nothing(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,18 +228,24 @@ def loader_loop(head: nn.Module, rows: Tensor, labels: Tensor, recipe: Recipe) -
 
 
 def measure_heads(rows: int, width: int, hidden: int, pairs: int) -> Iterator[Row]:
-    """The paper's head, three epochs, against a DataLoader."""
+    """The paper's head, three epochs, in each precision, against a DataLoader in float32."""
     features = scale_features(made_features(rows, width, 20)[0], "l2")
     clustering = kmeans(features, 100, seed=0)
     labels = pseudo_labels(features, features, clustering.centroids, "nearest")
     recipe = Recipe(epochs=3)
     make = partial(FeatureTransferHead, width, 100, hidden, output="clusters")
-    ours = Way(
-        lambda: None, lambda: fit_head(make(), features, features, clustering, recipe=recipe)
-    )
+    losses: dict[str, float] = {}
+
+    def train(precision: str) -> None:
+        head = make()
+        log = fit_head(head, features, features, clustering, recipe=recipe, precision=precision)
+        losses[precision] = log[-1].loss
+
     theirs = Way(lambda: None, lambda: loader_loop(make().train(), features, labels, recipe))
-    timed = time_pairs("heads", ours, theirs, pairs)
-    yield {"what": f"a head of {hidden:,} hidden on {rows:,} x {width:,}", **timed}
+    for precision in ("fp32", "bf16"):
+        timed = time_pairs("heads", Way(lambda: None, partial(train, precision)), theirs, pairs)
+        what = f"a head of {hidden:,} hidden on {rows:,} x {width:,}, {precision}"
+        yield {"what": what, **timed, "last loss": losses[precision]}
 
 
 def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model
+from torchvision.models import detection, get_model, list_models
 from torchvision.ops import box_iou
 
 from examples._photos import open_photos
@@ -23,7 +23,12 @@ Found = list[dict[str, Tensor]]
 @click.command()
 @click.argument("train")
 @click.argument("test")
-@click.option("--detector", default="fasterrcnn_mobilenet_v3_large_fpn")
+@click.option(
+    "--detector",
+    type=click.Choice(list_models(module=detection)),
+    default="fasterrcnn_mobilenet_v3_large_fpn",
+    help="Its weights are downloaded.",
+)
 @click.option("--factor", default=4.0, help="How many times smaller LR images are.")
 @click.option("--depth", default="auto", help="deep: blocks; pooled: heads; auto: as time allows.")
 @click.option("--cache", type=Path, default=Path("cache"), envvar="FEATXFER_CACHE")

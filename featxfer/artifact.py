@@ -143,7 +143,11 @@ def check_fit(
 
 def card_readme(kind: str, config: Mapping[str, Any], card: Card) -> str:
     """The card as a README with the front matter that the model hub reads."""
-    at = f', at="{card.details["at"]}"' if "at" in card.details else ""
+    place = "".join(
+        f', {name}="{card.details[name]}"'
+        for name in ("where", "at", "branch")
+        if name in card.details
+    )
     lines = [
         "---",
         "library_name: featxfer",
@@ -158,7 +162,7 @@ def card_readme(kind: str, config: Mapping[str, Any], card: Card) -> str:
         "```python",
         "from featxfer_integrations import attach_transfer",
         "",
-        f"model = attach_transfer(model, head=PATH_OR_HUB_ID{at})",
+        f"model = attach_transfer(model, head=PATH_OR_HUB_ID{place})",
         "```",
         "",
         "| | |",

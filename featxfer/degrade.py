@@ -192,7 +192,7 @@ class ScaledDegradation(BaseDegradation):
     antialias: bool = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.factor < float("inf"):
+        if not isinstance(self.factor, int | float) or not 1 <= self.factor < float("inf"):
             raise ValueError(f"factor: got {self.factor!r}, wanted a finite number >= 1")
         object.__setattr__(self, "factor", float(self.factor))
         self._check_kernel()

@@ -175,7 +175,8 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 def _open_folder(folder: Path) -> Images:
     if not folder.is_dir():
-        raise FileNotFoundError(f"images: {folder} is not a folder")
+        wanted = "[path] for one file" if folder.is_file() else "a folder that exists"
+        raise FileNotFoundError(f"images: {folder} is not a folder, wanted {wanted}")
     flat = _image_files(folder)
     if flat:
         return from_files([p.name for p in flat], flat)
@@ -217,10 +218,14 @@ def _from_dataset(dataset: SizedDataset) -> Images:
 
 def _item(dataset: SizedDataset, index: int) -> tuple[Any, Any]:
     try:
-        image, target = dataset[index]
+        item = dataset[index]
     except Exception as error:  # whatever the dataset's own code raises
         raise ImageError(f"images: item {index} cannot be read: {error}") from error
-    return image, target
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise ImageError(
+            f"images: item {index} is {type(item).__name__}, wanted a pair (image, target)"
+        )
+    return item[0], item[1]
 
 
 def _as_pixels(image: object, index: int) -> Tensor:

@@ -370,7 +370,7 @@ class PseudoLabelTrainer:
             step = finite.index(False) if False in finite else len(finite)
             raise DivergenceError(
                 f"loss or weights are not finite at epoch {epoch}, step {step} (learning rate "
-                f"{first_rate:g}); the head keeps the weights from before that epoch"
+                f"{first_rate:g}); the weights are those from before that epoch"
             )
         judged = None if judge is None else judge()
         if judged is not None:

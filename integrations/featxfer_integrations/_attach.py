@@ -139,14 +139,14 @@ def install(
 
     Everything has been checked before.
     """
-    if not is_attached(host):
-        host.add_module(CHILD, Transfers())
     like = host_parameter(host)
     if like is not None:
         module.to(like.device, dtype or like.dtype)
     elif dtype is not None:
         module.to(dtype)
     module.train(host.training)
+    if not is_attached(host):
+        host.add_module(CHILD, Transfers())
     transfers_of(host)[place.name] = module
     hook_modules(host, place)
     for method, function in place.methods.items():

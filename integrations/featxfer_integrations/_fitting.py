@@ -68,15 +68,24 @@ class TransferFit:
     blocks_log: list[EpochLog] = field(default_factory=list)
 
 
+def duration(seconds: float) -> str:
+    """For people: seconds, or minutes from two on."""
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
 def tell(message: str) -> None:
     """One line on stderr."""
     tqdm.write(f"featxfer: {message}", file=sys.stderr)
 
 
 def split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on and of those held out, both in order."""
+    """Indices of the images to train on and of those held out, both in order.
+
+    One at the least is held out where any are to be, and one is trained on.
+    """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    kept = min(count, max(1, count - round(count * held_out)))
+    left_out = max(1, round(count * held_out)) if held_out else 0
+    kept = max(1, count - left_out)
     return order[:kept].sort().values, order[kept:].sort().values
 
 

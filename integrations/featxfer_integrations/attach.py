@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from featxfer import BaseDegradation, FeatureTransferHead, Preprocessing
-from featxfer.artifact import check_fit, load_head
+from featxfer.artifact import ArtifactError, check_fit, load_head
 from featxfer.backbone import frozen, weights_sha256
 from featxfer.hub import TransferModule, find_files
 from featxfer_integrations._attach import (
@@ -146,6 +146,8 @@ def attach_transfer(
     """
     check_host(model)
     _check_options(head, output, hidden_features, where, at)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: got {dtype!r}, wanted a floating-point torch.dtype")
     places = find_places(model, where=where, at=at, branch=branch)
     taken = [place.name for place in places if attached_at(model, place) is not None]
     if taken:
@@ -206,9 +208,13 @@ def _given(
         )
     if isinstance(module, FeatureTransferHead) and module.output == "clusters":
         _refuse_clusters(model, source)
+    branch = None if module.card is None else module.card.details.get("branch")
+    if branch not in (None, place.branch):
+        raise ArtifactError(f"{source}: {module.kind} for branch={branch!r}, got {place.branch!r}")
     sha256 = None if module.card is None else backbone_sha256(model, place)
     check_fit(module, module.card, source, in_features=width, backbone_sha256=sha256)
     _warn_of_degradation(module, degradation)
+    _warn_of_blocks(model, module)
     return module
 
 
@@ -262,6 +268,7 @@ def load_transfers(
     if not parts:
         raise FileNotFoundError(f"folder: nothing that save_transfers wrote is in {folder}")
     modules = [load_head(part)[0] for part in parts]
+    modules.sort(key=lambda module: bool(module.card and module.card.details.get("after")))
     try:
         for module in modules:
             details = {} if module.card is None else module.card.details
@@ -308,11 +315,17 @@ def find_places(
     model: nn.Module, *, where: str | None = None, at: str | None = None, branch: str = "class"
 ) -> list[Place]:
     """All places that `attach_transfer` attaches at; arguments and errors as there."""
+    for name, value in (("where", where), ("at", at)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name}: got {value!r}, wanted a name")
     detector = detector_host(model)
     if detector is not None and at is None:
         named = detector.places(model, where or "boxes", branch)
         if named:
             return named
+        if where not in dict(model.named_modules()):
+            wanted = "'boxes', 'backbone', 'fpn', one of their places or the name of a module"
+            raise no_place(model, f"where: got {where!r}, wanted {wanted}")
     if branch != "class":
         raise ValueError(f"branch: got {branch!r}, which is for a detector's where='boxes'")
     return [find_place(model, where=where, at=at)]
@@ -435,6 +448,17 @@ def _check_options(
         raise ValueError("where, at: got both; where= attaches a head, at= a block")
     if at is not None and output is not None:
         raise ValueError("output: a block has none, got it with at=")
+
+
+def _warn_of_blocks(model: nn.Module, module: TransferModule) -> None:
+    """Warns where a head was trained on what comes through blocks that are not attached."""
+    after = [] if module.card is None else module.card.details.get("after", [])
+    missing = [name for name in after if not is_attached(model) or name not in transfers_of(model)]
+    if missing:
+        warnings.warn(
+            f"head: it was trained behind blocks at {', '.join(missing)}, which are not attached",
+            stacklevel=4,
+        )
 
 
 def _warn_of_degradation(module: TransferModule, degradation: BaseDegradation | None) -> None:

@@ -401,7 +401,7 @@ def fill_box_stores(
     if missing:
         numbers = sum(sampler.widths[name] * len(place.views) for name, place in stores.items())
         gigabytes = 4e-9 * sampler.per_image * numbers * len(missing) * size
-        tell(f"features of boxes take up to {gigabytes:.1f} GB in {cache}")
+        tell(f"features of boxes take up to {1000 * gigabytes:,.0f} MB in {cache}")
     with tqdm(total=len(missing) * size, unit="img", desc="boxes", disable=None) as bar:
         for part in missing:
             _fill_part(sampler, images, degradations, stores, part, bar)

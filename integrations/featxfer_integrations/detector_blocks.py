@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -429,6 +430,12 @@ def _prepare(
         centroids = kmeans(nn.functional.normalize(boxes, dim=1), k, seed=seed).centroids
         variance = float((boxes - boxes.mean(0)).square().sum(1).mean())
         of_boxes = make_objective(objective, [centroids], variance)
+    elif hasattr(pyramid.host, "roi_heads"):
+        warnings.warn(
+            f"images: the detector proposes no boxes in {len(probe)} of them, so blocks learn from "
+            "its maps alone",
+            stacklevel=2,
+        )
     return PyramidDistance(variances.tolist(), of_boxes)
 
 

@@ -60,6 +60,7 @@ from featxfer_integrations._attach import (
 )
 from featxfer_integrations._fitting import (
     TransferFit,
+    duration,
     epochs,
     put,
     reports,
@@ -199,10 +200,10 @@ def fit_transfer(
     check_choice("depth", depth, DEPTHS)
     check_choice("precision", precision, ("auto", "fp32", "bf16"))
     check_choice("on_error", on_error, ("raise", "skip"))
-    _check_settings(held_out, minutes)
+    _check_settings(held_out, minutes, recipe=recipe, block_recipe=block_recipe)
     if crops is not None:
         check_integer("crops", crops, at_least=0)
-    counts = (clusters,) if isinstance(clusters, int | None) else tuple(clusters)
+    counts = (clusters,) if isinstance(clusters, int | str | None) else tuple(clusters)
     _check_clusters(counts)
     cache = Path(cache or default_cache())
     if detector_host(model) is not None:
@@ -409,15 +410,15 @@ def _fit_deep(
     seconds = estimate_seconds(rest, shape, block_recipe, epoch_rows(kept, len(task.views)))
     if minutes is not None and seconds > 60 * minutes:
         tell(
-            f"a head alone: blocks would train for about {seconds / 60:.0f} minutes, "
+            f"a head alone: blocks would train for about {duration(seconds)}, "
             f"over minutes={minutes:g}"
         )
         return None
     crops = enough_crops(len(task.images)) if crops is None else crops
     size = maps_bytes(shape, len(task.images), len(task.views), crops, rest.precision)
     tell(
-        f"training blocks takes about {seconds / 60:.1f} minutes, after their maps are taken: "
-        f"{size / 1e9:.1f} GB in {task.cache / 'maps'}"
+        f"training blocks takes about {duration(seconds)}, after their maps are taken: "
+        f"{size / 1e6:,.0f} MB in {task.cache / 'maps'}"
     )
     maps = extract_maps(
         maps_backbone(task.backbone, model, first),
@@ -629,6 +630,8 @@ def _views(
     """Degradations of one kind and, where they have a size, of one size."""
     if degradation is None:
         return [kind()]
+    if not isinstance(degradation, BaseDegradation | Sequence):
+        raise TypeError(f"degradation: got {degradation!r}, wanted a {kind.__name__} or several")
     several = [degradation] if isinstance(degradation, BaseDegradation) else list(degradation)
     if not several:
         raise ValueError("degradation: got none, wanted at least one")
@@ -642,11 +645,14 @@ def _views(
     return views
 
 
-def _check_settings(held_out: float, minutes: float) -> None:
-    if not 0 <= held_out < 1:
+def _check_settings(held_out: float, minutes: float, **recipes: Recipe | None) -> None:
+    if not isinstance(held_out, int | float) or not 0 <= held_out < 1:
         raise ValueError(f"held_out: got {held_out!r}, wanted a share in [0, 1)")
-    if not minutes > 0:
+    if not isinstance(minutes, int | float) or not minutes > 0:
         raise ValueError(f"minutes: got {minutes!r}, wanted > 0")
+    for name, recipe in recipes.items():
+        if not isinstance(recipe, Recipe | None):
+            raise TypeError(f"{name}: got {type(recipe).__name__}, wanted a Recipe")
 
 
 def _check_clusters(clusters: Sequence[int | None]) -> None:

@@ -44,6 +44,7 @@ from featxfer_integrations._attach import (
 from featxfer_integrations._fitting import (
     HeldOutPairs,
     TransferFit,
+    duration,
     epochs,
     put,
     reports,
@@ -208,6 +209,8 @@ def _places(task: DetectorTask) -> list[Place]:
         raise ValueError("where, at: got both, wanted one of them for a detector")
     if task.at is not None:
         names = [task.at] if isinstance(task.at, str) else list(task.at)
+        if not names:
+            raise ValueError("at: got none, wanted the name of a module or several")
         places = [place for name in names for place in find_places(model, at=name)]
     elif task.where is not None:
         places = find_places(model, where=task.where)
@@ -281,11 +284,11 @@ def _fit_blocks(
     seconds = estimate_seconds(rows, recipe)
     if may_give_up and seconds > 60 * task.minutes:
         tell(
-            f"heads alone: blocks would train for about {seconds / 60:.0f} minutes, "
+            f"heads alone: blocks would train for about {duration(seconds)}, "
             f"over minutes={task.minutes:g}"
         )
         return None
-    tell(f"training blocks takes about {seconds / 60:.1f} minutes")
+    tell(f"training blocks takes about {duration(seconds)}")
     key = [
         detector_key(pyramid.host),
         task.images.fingerprint,

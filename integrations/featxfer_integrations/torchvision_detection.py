@@ -42,6 +42,8 @@ def places(model: nn.Module, where: str, branch: str) -> list[Place]:
         ValueError: another branch.
     """
     check_choice("branch", branch, BRANCHES)
+    if where.startswith("boxes_regression"):
+        branch = "both"
     if branch != "class" and not where.startswith("boxes"):
         raise ValueError(f"branch: got {branch!r}, which is for heads at 'boxes', not {where!r}")
     if where == "boxes":
@@ -187,26 +189,33 @@ def _modules_by_reduction(model: nn.Module) -> dict[int, str]:
     """Names of the backbone's last modules of each resolution, by how much it is reduced.
 
     From one run. Modules inside of a pyramid are left out, and those inside of modules that give
-    maps themselves and are no lists of layers.
+    maps themselves and are no lists of layers. Where a module's maps are what the backbone returns
+    of a resolution, as SSD's are, it is that resolution's last: later ones are not seen there.
     """
     size, backbone = input_size(model), model.get_submodule("backbone")
     reductions: dict[str, int] = {}
+    maps: dict[str, Tensor] = {}
 
     def note(_: nn.Module, __: object, output: object, *, name: str) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and 1 < output.shape[2] < size:
             reductions[name] = 2 ** round(math.log2(size / output.shape[2]))
+            maps[name] = output
 
     handles = [
         module.register_forward_hook(partial(note, name=name))
         for name, module in backbone.named_modules(prefix="backbone")
     ]
     try:
-        _try_backbone(model)
+        returned = _try_backbone(model)
     finally:
         for handle in handles:
             handle.remove()
     stages = set(_stages(backbone, "backbone", reductions))
     last = {reduction: name for name, reduction in reductions.items() if name in stages}
+    levels = [] if isinstance(returned, Tensor) else list(returned.values())
+    for name in stages:
+        if any(maps[name] is level for level in levels):
+            last[reductions[name]] = name
     return dict(sorted(last.items()))
 
 

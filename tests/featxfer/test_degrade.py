@@ -121,7 +121,7 @@ def test_scaled_views_keep_the_size(view: ScaledDegradation) -> None:
     assert Degradation(lr_size=1).lr(IMAGE).unique().numel() <= 3
 
 
-@pytest.mark.parametrize("factor", [0.5, float("nan"), float("inf")])
-def test_factors_that_shrink_nothing_are_refused(factor: float) -> None:
+@pytest.mark.parametrize("factor", [0.5, float("nan"), float("inf"), "4"])
+def test_factors_that_shrink_nothing_are_refused(factor: Any) -> None:
     with pytest.raises(ValueError, match=r"factor: got .*, wanted a finite number >= 1"):
         ScaledDegradation(factor)

@@ -132,6 +132,8 @@ def test_32_bit_greyscale_is_refused(tmp_path: Path) -> None:
         (7, TypeError, "images: got int, wanted a folder"),
         ({}, ValueError, "images: got an empty Dataset"),
         ([("text", 0)], ImageError, "images: item 0 is str"),
+        (torch.zeros(4, 3, 8, 8), ImageError, r"item 0 is Tensor, wanted a pair \(image, target\)"),
+        (__file__, FileNotFoundError, r"is not a folder, wanted \[path\] for one file"),
     ],
 )
 def test_bad_sources_are_named(source: ImageSource, error: Any, message: str) -> None:

@@ -83,6 +83,27 @@ def test_every_builder_takes_heads_and_blocks_that_change_nothing(name: str) -> 
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("name", ["ssd300_vgg16", "ssdlite320_mobilenet_v3_large"])
+@torch.no_grad()
+def test_blocks_of_ssd_act_on_the_returned_map_of_their_resolution(name: str) -> None:
+    model: Any = attach_transfer(build(name), where="backbone")
+    images = torch.rand(1, 3, *model.transform.fixed_size)
+    plain, transfers = model.backbone(images), transfers_of(model)
+    for place, block in transfers.items():
+        assert isinstance(block, FeatureTransferBlock)
+        for unit in block.units:
+            unit.project.bias += 1.0  # type: ignore[operator, union-attr]
+        changed = model.backbone(images)
+        levels = [level for level in plain if not torch.equal(plain[level], changed[level])]
+        maps: list[Tensor] = []
+        handle = block.register_forward_hook(lambda _, args, __, maps=maps: maps.append(args[0]))
+        model.backbone(images)
+        handle.remove()
+        assert plain[levels[0]].shape[2:] == maps[0].shape[2:], place
+        for unit in block.units:
+            unit.project.bias -= 1.0  # type: ignore[operator, union-attr]
+
+
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn_v2"])
 @pytest.mark.parametrize(("where", "branch"), PLACES)
 def test_what_is_attached_acts_where_it_says(name: str, where: str, branch: str) -> None:
@@ -304,8 +325,14 @@ def test_images_without_any_box_and_with_one(threshold: float) -> None:
             ValueError,
             "branch: got 'both', which is for heads at 'boxes', not 'fpn'",
         ),
-        ({"where": "neck"}, AttachError, "no module 'neck'; candidates in FasterRCNN"),
-        ({"where": "fpn9"}, AttachError, "no module 'fpn9'"),
+        (
+            {"where": "neck"},
+            AttachError,
+            "where: got 'neck', wanted 'boxes'.*; candidates in FasterRCNN",
+        ),
+        ({"where": 3}, TypeError, "where: got 3, wanted a name"),
+        ({"dtype": "bf16"}, TypeError, "dtype: got 'bf16', wanted a floating-point torch.dtype"),
+        ({"where": "fpn9"}, AttachError, "where: got 'fpn9', wanted"),
         ({"at": "stage9"}, AttachError, "the backbone has no stage9; it has stage0 = backbone"),
         ({"output": "clusters"}, ValueError, "output: got 'clusters', which a detector's"),
         (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from featxfer import (
+    ArtifactError,
     Degradation,
     FeatureTransferBlock,
     FeatureTransferHead,
@@ -135,11 +136,20 @@ def test_blocks_first_and_heads_on_what_comes_through_them(
     assert branches == {"both"}
     known: Any = heads[0].card
     assert known.details["after"] == ["backbone_stages_layer3"]
-    assert "features of boxes take up to 0.0 GB in" in capsys.readouterr().err
+    assert "features of boxes take up to " in capsys.readouterr().err
     saved = save_transfers(detector, tmp_path / "saved")
     other = copy.deepcopy(detect(detector, discs))
     detach_transfer(detector)
     assert same(detect(load_transfers(detector, saved), discs), other)
+    detach_transfer(detector)
+    place = HEADS[type(detector).__name__]
+    readme = (saved / place / "README.md").read_text()
+    assert f'head=PATH_OR_HUB_ID, where="{place}", branch="both")' in readme
+    with pytest.warns(UserWarning, match="trained behind blocks at backbone_stages_layer3"):
+        attach_transfer(detector, saved / place, where=place, branch="both")
+    detach_transfer(detector)
+    with pytest.raises(ArtifactError, match="head for branch='both', got 'class'"):
+        attach_transfer(detector, saved / place, where=place)
 
 
 def test_features_of_boxes_are_those_that_the_predictor_gets(
@@ -455,7 +465,8 @@ def test_images_without_proposals_of_other_kinds_and_broken_ones(
             fit(detector, discs, tmp_path / "cache", depth="pooled", clusters=9999)
         assert not is_attached(detector)
         rpn.score_thresh = 2.0
-        fitted = fit(detector, discs, tmp_path / "cache", where="fpn")
+        with pytest.warns(UserWarning, match="the detector proposes no boxes in"):
+            fitted = fit(detector, discs, tmp_path / "cache", where="fpn")
         assert (fitted.held_out, len(fitted.blocks_log)) == ([], 4)
 
 
@@ -476,9 +487,16 @@ def test_images_without_proposals_of_other_kinds_and_broken_ones(
         ({"on_error": "ignore"}, ValueError, "on_error: got 'ignore'"),
         ({"where": "fpn", "depth": "pooled"}, ValueError, "depth: got 'pooled', but blocks go to"),
         ({"where": "boxes", "depth": "deep"}, ValueError, "depth: got 'deep', but a head goes to"),
-        ({"where": "nowhere"}, AttachError, "no module 'nowhere'"),
+        ({"where": "nowhere"}, AttachError, "where: got 'nowhere', wanted 'boxes'"),
         ({"where": "boxes", "at": "stage2"}, ValueError, "where, at: got both"),
         ({"seed": -1}, ValueError, "seed: got -1"),
+        ({"where": 3}, TypeError, "where: got 3, wanted a name"),
+        ({"at": []}, ValueError, "at: got none, wanted"),
+        ({"degradation": 4}, TypeError, "degradation: got 4, wanted a ScaledDegradation"),
+        ({"recipe": 3}, TypeError, "recipe: got int, wanted a Recipe"),
+        ({"minutes": "5"}, ValueError, "minutes: got '5', wanted > 0"),
+        ({"held_out": "a"}, ValueError, "held_out: got 'a', wanted a share"),
+        ({"clusters": "10"}, ValueError, "clusters: got '10', wanted an int"),
         ({"at": "head"}, AttachError, "no module 'head'|'head' is not in it"),
         ({"where": "backbone.neck"}, AttachError, "where: the width at 'backbone_neck' is not"),
     ],

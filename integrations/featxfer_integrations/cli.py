@@ -20,6 +20,7 @@ import click
 )
 @click.option("--compile", default="auto", help="on, off; auto: for many images.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option("--part-rows", default=256, help="Images a part, the most that a loss costs.")
 @click.option("--on-error", default="raise", help="At an unreadable image: raise or skip.")
 def extract(
     images: Path,
@@ -32,6 +33,7 @@ def extract(
     precision: str,
     compile: str,
     device: str,
+    part_rows: int,
     on_error: str,
 ) -> None:
     """Extract HR and LR features of IMAGES: a folder, a class tree, or a devkit with --split.
@@ -60,15 +62,16 @@ def extract(
     if world_size > 1:
         stores = fill_stores(
             loaded, source, degradation, cache, precision=precision, compile=compile,
-            on_error=on_error, rank=rank, world_size=world_size,
+            part_rows=part_rows, on_error=on_error, rank=rank, world_size=world_size,
         )  # fmt: skip
         for filled in stores.values():
             left, count = len(filled.missing_parts()), filled.part_count
             click.echo(f"process {rank}: {filled.directory}, {left} of {count} parts are missing")
         return
     features = extract_features(
-        loaded, source, degradation, cache, precision=precision, compile=compile, on_error=on_error
-    )
+        loaded, source, degradation, cache, precision=precision, compile=compile,
+        part_rows=part_rows, on_error=on_error,
+    )  # fmt: skip
     for name, reason in features.skipped.items():
         click.echo(f"skipped {name}: {reason}", err=True)
     click.echo(f"{len(features.ids)} images, {features.hr.shape[1]} features")

@@ -30,7 +30,7 @@ def stores(image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), weights)
     output = run(
         "extract", image_folder, "--backbone", "timm/test_resnet", "--weights", weights,
-        "--cache", tmp_path / "cache",
+        "--part-rows", "4", "--cache", tmp_path / "cache",
     )  # fmt: skip
     lines = output.splitlines()
     assert lines[0] == "10 images, 96 features"
@@ -40,12 +40,12 @@ def stores(image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
 def test_extract_under_torchrun(
     stores: tuple[Path, Path], image_folder: Path, tmp_path: Path
 ) -> None:
-    """Two processes; ten images are one part, so one of them has nothing to do."""
+    """Two processes, three parts of ten images: each fills its own of the same stores."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
         "-m", "featxfer.cli", "extract", image_folder, "--backbone", "timm/test_resnet",
-        "--weights", tmp_path / "w.safetensors", "--cache", tmp_path / "two",
+        "--weights", tmp_path / "w.safetensors", "--part-rows", "4", "--cache", tmp_path / "two",
     ]  # fmt: skip
     done = subprocess.run(
         list(map(str, command)), env=environment, capture_output=True, text=True, check=True
@@ -71,7 +71,7 @@ def test_extract_fit_and_show(stores: tuple[Path, Path], tmp_path: Path) -> None
 
 
 def test_cache_list_and_verify(stores: tuple[Path, Path], tmp_path: Path) -> None:
-    assert run("cache", "list", tmp_path / "cache").count("10 images  1 of 1 parts") == 2
+    assert run("cache", "list", tmp_path / "cache").count("10 images  3 of 3 parts") == 2
     assert "2 stores, 0 damaged files" in run("cache", "verify", tmp_path / "cache")
     part = next(stores[0].glob("part-*"))
     part.write_bytes(part.read_bytes()[:-1])

@@ -220,6 +220,7 @@ def test_the_table_of_every_method(
         assert picture.width > picture.height
 
 
+@pytest.mark.filterwarnings("ignore:blocks do not help")
 @pytest.mark.usefixtures("quick")
 def test_choices_of_blocks_are_judged_on_val(kit: Path, tmp_path: Path) -> None:
     for split, names in (("train", "012"), ("val", "3")):
@@ -235,6 +236,7 @@ def test_choices_of_blocks_are_judged_on_val(kit: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "boxes.png").exists()
 
 
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
 @pytest.mark.usefixtures("quick")
 def test_blocks_are_trained_once_and_stay_as_they_are_below_heads(
     kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

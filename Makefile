@@ -8,7 +8,7 @@ check:  ## format, lint, import arrow, types: what CI and pre-commit share
 	$(PYTHON) -m mypy
 
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 coverage:
 	$(PYTHON) -m pytest --cov --cov-report=term-missing

@@ -1,5 +1,4 @@
 """A torchvision detector, left as it is, finds in LR images more of what it finds in HR images.
-No boxes are known: what the plain detector finds in the HR image is what LR images should show.
 
 python -m examples.detect photos/ test-photos/ --detector fasterrcnn_resnet50_fpn --factor 8
 """
@@ -18,22 +17,18 @@ from featxfer import Images, ScaledDegradation
 from featxfer_integrations import fit_transfer, transfer_disabled
 
 Found = list[dict[str, Tensor]]
+MODELS = click.Choice(list_models(module=detection))
 
 
 @click.command()
 @click.argument("train")
 @click.argument("test")
-@click.option(
-    "--detector",
-    type=click.Choice(list_models(module=detection)),
-    default="fasterrcnn_mobilenet_v3_large_fpn",
-    help="Its weights are downloaded.",
-)
+@click.option("--detector", type=MODELS, default="fasterrcnn_mobilenet_v3_large_fpn")
 @click.option("--factor", default=4.0, help="How many times smaller LR images are.")
 @click.option("--depth", default="auto", help="deep: blocks; pooled: heads; auto: as time allows.")
 @click.option("--cache", type=Path, default=Path("cache"), envvar="FEATXFER_CACHE")
 def main(train: str, test: str, detector: str, factor: float, depth: str, cache: Path) -> None:
-    """TRAIN and TEST: folders of images, or DEVKIT:split."""
+    """TRAIN and TEST: folders of images, or DEVKIT:split; no boxes are known."""
     model, view = get_model(detector, weights="DEFAULT").eval(), ScaledDegradation(factor)
     fit_transfer(model, open_photos(train), degradation=view, depth=depth, cache=cache)
     images = open_photos(test)

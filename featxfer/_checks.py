@@ -54,6 +54,14 @@ def as_features(name: str, value: ArrayLike, *, width: int | None = None) -> Ten
     return features
 
 
+def variance_of(name: str, rows: Tensor) -> float:
+    """Mean squared distance of `(n, d)` rows to their mean; `ValueError` where all are equal."""
+    variance = float((rows - rows.mean(0)).square().sum(1).mean())
+    if variance == 0 or bool((rows == rows[0]).all()):  # the mean of equal rows is rounded
+        raise ValueError(f"{name}: got {len(rows)} equal rows, wanted features that vary")
+    return variance
+
+
 def check_paired(hr: Tensor, lr: Tensor) -> None:
     """Raises `ValueError` unless HR and LR features have the same shape."""
     if hr.shape != lr.shape:

@@ -18,7 +18,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from featxfer._checks import ArrayLike, as_features, check_choice, check_integer, check_paired
+from featxfer._checks import (
+    ArrayLike,
+    as_features,
+    check_choice,
+    check_integer,
+    check_paired,
+    variance_of,
+)
 from featxfer._files import write_atomic
 from featxfer.forward import PRECISIONS, bf16_is_fast
 from featxfer.head import FeatureTransferHead
@@ -563,9 +570,7 @@ def fit_features_head(
             raise ValueError(f"targets: got {len(goals)} arrays for {len(views)} of lr")
     for rows, view in zip(goals, views, strict=True):
         check_paired(rows, view)
-    variance = float((wanted - wanted.mean(0)).square().sum(1).mean())
-    if variance == 0:
-        raise ValueError(f"hr: got {len(wanted)} equal rows, wanted features that vary")
+    variance = variance_of("hr", wanted)
     several = [clustering] if isinstance(clustering, Clustering) else list(clustering)
     goal = make_objective(objective, [part.centroids for part in several], variance)
     inputs, outputs = torch.cat([*views, wanted]), torch.cat([*goals, wanted])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from PIL import Image
 from torch import nn
 
 from featxfer import Backbone, Preprocessing
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # of several at once, each has a core to itself
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

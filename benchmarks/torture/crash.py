@@ -208,7 +208,7 @@ def started(
         mine.close()
 
 
-def run_killed(folder: Path, count: int, seed: int, parts: int = 6) -> Outcome:
+def run_killed(folder: Path, count: int, seed: int, parts: int = 24) -> Outcome:
     """SIGKILL at `count` random moments, and once at every write, fsync and rename.
 
     What is there then is whole, the next run computes at most one part again, and the store is

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -9,7 +11,7 @@ import timm
 import torch
 from click.testing import CliRunner
 
-from benchmarks.speed import attached, job, stages
+from benchmarks.speed import attached, job, memory, stages
 from benchmarks.speed.__main__ import main
 from benchmarks.speed.pairs import Way, time_pairs
 from benchmarks.voc2007.sample_devkit import render_sample
@@ -75,6 +77,33 @@ def test_the_readmes_tables_are_those_of_the_committed_results(folder: str) -> N
     assert attached.to_markdown(rows) in (FOLDER / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("folder", "table"),
+    [
+        ("extraction", lambda found: stages.to_markdown(found["rows"])),
+        ("extraction", lambda found: stages.map_to_markdown(found["map"])),
+        ("svms", lambda found: stages.to_markdown(found["rows"])),
+        ("small", lambda found: stages.to_markdown(found["rows"])),
+        ("job", job.to_markdown),
+        ("memory", lambda found: memory.to_markdown(found["rows"])),
+        ("samples", lambda found: stages.samples_to_markdown(found["rows"])),
+    ],
+)
+def test_the_readmes_other_tables_are_too(
+    folder: str, table: Callable[[dict[str, Any]], str]
+) -> None:
+    results = FOLDER / "results" / folder
+    text = table(json.loads((results / "results.json").read_text()))
+    assert text in (results / "summary.md").read_text() + "\n"
+    assert text in (FOLDER / "README.md").read_text()
+
+
+def test_what_is_said_of_samples_at_scale_is_what_was_found() -> None:
+    found = json.loads((FOLDER / "results" / "samples" / "results.json").read_text())
+    scale = FOLDER.parents[1] / "docs" / "scale.md"
+    assert stages.samples_to_markdown(found["rows"]) in scale.read_text()
+
+
 def test_stages_are_measured_against_what_most_people_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +113,20 @@ def test_stages_are_measured_against_what_most_people_write(
     weights = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), weights)
     arguments = ["stages", "--root", devkit, "--backbone", "timm/test_resnet", "--weights", weights]
-    arguments += ["--images", 9, "--workers", 0, "--rows", 120, "--width", 12, "--pairs", 1]
+    arguments += [
+        "--images",
+        9,
+        "--workers",
+        0,
+        "--rows",
+        120,
+        "--width",
+        12,
+        "--pairs",
+        1,
+        "--svm-pairs",
+        1,
+    ]
     result = CliRunner().invoke(main, [*map(str, arguments), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "out" / "results.json").read_text())

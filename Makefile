@@ -13,7 +13,7 @@ test:
 coverage:
 	$(PYTHON) -m pytest --cov --cov-report=term-missing
 
-torture:  ## faults, hostile files, odd numbers and repeats, at full length: ten minutes
+torture:  ## faults, hostile files, odd numbers and repeats, at full length: five minutes
 	$(PYTHON) -m benchmarks.torture --out benchmarks/torture/results
 
 slow:  ## the minutes-long tests too

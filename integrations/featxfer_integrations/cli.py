@@ -56,6 +56,13 @@ def extract(
     if device == "auto":
         gpus = torch.cuda.device_count()
         device = f"cuda:{local % gpus}" if gpus else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # RuntimeError, AssertionError and others, by what is missing
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: got {device!r}, wanted 'auto' or one that torch can use here: {reason}"
+        ) from error
     loaded = load_backbone(backbone, weights)
     loaded.module.to(device)
     degradation = Degradation(hr_size, lr_size)

@@ -99,6 +99,19 @@ def test_fit_takes_an_hr_and_an_lr_store_of_one_setting(
     assert not (tmp_path / "head").exists()
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there_is_told(
+    image_folder: Path, tmp_path: Path, device: str
+) -> None:
+    output = run(
+        "extract", image_folder, "--backbone", "timm/test_resnet", "--weights", "random",
+        "--cache", tmp_path / "cache", "--device", device, code=1,
+    )  # fmt: skip
+    assert f"Error: device: got '{device}', wanted 'auto' or one that torch can use" in output
+    assert len(output.splitlines()) == 1
+    assert not (tmp_path / "cache").exists()
+
+
 def test_env_names_the_versions() -> None:
     assert f"torch {torch.__version__.split('+')[0]}" in run("env")
 

@@ -63,17 +63,25 @@ class Backbone:
         return hashlib.sha256(repr(self.module).encode()).hexdigest()
 
 
-def weights_sha256(module: nn.Module, *, leave_out: tuple[str, ...] = ()) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a module's state dict.
+def weights_sha256(
+    module: nn.Module, *, leave_out: tuple[str, ...] = (), dtype: torch.dtype | None = None
+) -> str:
+    """SHA-256 over the names, shapes and values of a module's state dict, whatever their dtypes.
 
-    Names that begin with one of `leave_out` do not count.
+    Args:
+        module: its floating-point values count as float32, or as float64 where they are.
+        leave_out: names that begin with one of these do not count.
+        dtype: what floating-point values are rounded to first; by default they are as they are.
     """
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         if name.startswith(leave_out):
             continue
         value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        if value.is_floating_point():
+            value = value if dtype is None else value.to(dtype)
+            value = value if value.dtype == torch.float64 else value.float()
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -4,6 +4,7 @@ from featxfer_integrations._attach import AttachError, transfers_of
 from featxfer_integrations._fitting import HeldOutPairs, TransferFit
 from featxfer_integrations.attach import (
     attach_transfer,
+    attached_runs,
     detach_transfer,
     load_transfers,
     save_transfers,
@@ -21,6 +22,7 @@ __all__ = [
     "HeldOutPairs",
     "TransferFit",
     "attach_transfer",
+    "attached_runs",
     "backbone_of",
     "detach_transfer",
     "fit_transfer",

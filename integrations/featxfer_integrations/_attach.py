@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from featxfer import FeatureTransferBlock, FeatureTransferHead
 from featxfer.hub import TransferModule
@@ -19,6 +24,12 @@ DEEP_REDUCTIONS = (16, 32)
 
 CHILD = "feature_transfer"
 """Name of the host's child that holds what is attached."""
+
+_DISABLED: ContextVar[frozenset[int]] = ContextVar("_DISABLED", default=frozenset())
+"""`id` of each `Transfers` that is disabled, in this thread (or task) and in no other."""
+
+_DISTURBED: ContextVar[frozenset[tuple[int, str]]] = ContextVar("_DISTURBED", default=frozenset())
+"""`id` of a `Transfers` and place where features are disturbed, in this thread."""
 
 
 class AttachError(ValueError):
@@ -35,8 +46,12 @@ class Transfers(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.enabled = True
         self.places: dict[str, Place] = {}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it acts in this thread, see `transfer_disabled`."""
+        return id(self) not in _DISABLED.get()
 
     def __getitem__(self, key: str) -> TransferModule:
         """What is attached at a place."""
@@ -52,6 +67,8 @@ class Transfers(nn.ModuleDict):
         """`features` through what is attached at `place`, or as they are while disabled."""
         if not self.enabled:
             return features
+        if (id(self), place) in _DISTURBED.get():
+            features = _disturb(features)
         transferred: Tensor = self[place](features)
         return transferred
 
@@ -116,7 +133,9 @@ def transfers_of(host: nn.Module) -> Transfers:
     """
     found = host._modules.get(CHILD)
     if not isinstance(found, Transfers):
-        raise AttachError(f"model: nothing is attached to this {type(host).__name__}")
+        inner = [name for name, module in host.named_modules() if CHILD in module._modules]
+        told = f", something is to its module {inner[0]!r}: pass that" if inner else ""
+        raise AttachError(f"model: nothing is attached to this {type(host).__name__}{told}")
     return found
 
 
@@ -147,10 +166,17 @@ def install(
     module.train(host.training)
     if not is_attached(host):
         host.add_module(CHILD, Transfers())
+        host.register_forward_pre_hook(partial(_check_hooks, transfers_of(host)))
     transfers_of(host)[place.name] = module
     hook_modules(host, place)
-    for method, function in place.methods.items():
+    for method, function in _methods(host, place).items():
         setattr(host, method, partial(function, host))
+
+
+def _methods(host: nn.Module, place: Place) -> dict[str, Callable[..., Any]]:
+    """Methods of the host that are replaced while something is attached at `place`."""
+    saves = {"save_pretrained": _save_pretrained} if hasattr(host, "save_pretrained") else {}
+    return {**place.methods, **saves}
 
 
 def hook_modules(host: nn.Module, place: Place) -> None:
@@ -167,35 +193,65 @@ def hook_modules(host: nn.Module, place: Place) -> None:
     for name in place.outputs:
         after = partial(_transfer_output, transfers, place.name)
         host.get_submodule(name).register_forward_hook(after)
+    _forget_compiled(host)
 
 
 def unhook_modules(host: nn.Module, place: str | None = None) -> None:
     """Removes the hooks of one place, or of all, wherever in the host they are."""
     transfers = transfers_of(host)
-
-    def is_ours(hook: object) -> bool:
-        return (
-            isinstance(hook, partial)
-            and hook.func in (_transfer_input, _transfer_output, _pass_by)
-            and hook.args[0] is transfers
-            and place in (None, hook.args[1])
-        )
-
     for module in host.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if is_ours(hook)]:
+            for key in [key for key, hook in hooks.items() if _is_ours(hook, transfers, place)]:
                 del hooks[key]
-        if is_ours(vars(module).get("forward")):
+        if _is_ours(vars(module).get("forward"), transfers, place):
             del module.forward
+    _forget_compiled(host)
+
+
+def _is_ours(hook: object, transfers: Transfers, place: str | None) -> bool:
+    """Whether a hook is that of one place, or of any."""
+    if not isinstance(hook, partial) or hook.args[:1] != (transfers,):
+        return False
+    if hook.func is _check_hooks:
+        return place is None
+    acts = hook.func in (_transfer_input, _transfer_output, _pass_by)
+    return acts and place in (None, hook.args[1])
+
+
+def uninstall(host: nn.Module, place: Place) -> None:
+    """Takes away what is attached at one place."""
+    transfers = transfers_of(host)
+    if len(transfers) == 1:
+        remove_all(host)
+        return
+    unhook_modules(host, place.name)
+    del transfers[place.name], transfers.places[place.name]
+    kept = {name for other in transfers.places.values() for name in _methods(host, other)}
+    for method in _methods(host, place).keys() - kept:
+        delattr(host, method)
 
 
 def remove_all(host: nn.Module) -> None:
     """Takes everything away that `install` did; raises `AttachError` if nothing is attached."""
     unhook_modules(host)
-    for place in transfers_of(host).places.values():
-        for method in place.methods:
-            delattr(host, method)
+    replaced = {name for p in transfers_of(host).places.values() for name in _methods(host, p)}
+    for method in replaced:
+        delattr(host, method)
     delattr(host, CHILD)
+
+
+def _forget_compiled(host: nn.Module) -> None:
+    """Lets `torch.compile(host)`, if there is one, meet the hooks that are there now.
+
+    Compiled code does not look whether hooks have changed since, so it is compiled anew.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return
+    for kind in {type(module) for module in host.modules()}:
+        code = getattr(kind.forward, "__code__", None)
+        if code is not None:
+            dynamo.reset_code(code)
 
 
 def gives_clusters(module: nn.Module) -> bool:
@@ -206,12 +262,28 @@ def gives_clusters(module: nn.Module) -> bool:
 @contextmanager
 def disabled(host: nn.Module) -> Iterator[None]:
     """Inside, the host gives its plain features; raises `AttachError` if nothing is attached."""
-    transfers = transfers_of(host)
-    before, transfers.enabled = transfers.enabled, False
+    token = _DISABLED.set(_DISABLED.get() | {id(transfers_of(host))})
     try:
         yield
     finally:
-        transfers.enabled = before
+        _DISABLED.reset(token)
+
+
+@contextmanager
+def disturbed(transfers: Transfers, place: str) -> Iterator[None]:
+    """Inside, what arrives at `place` is changed a lot, so that whatever hangs on it changes."""
+    token = _DISTURBED.set(_DISTURBED.get() | {(id(transfers), place)})
+    try:
+        yield
+    finally:
+        _DISTURBED.reset(token)
+
+
+def _disturb(features: Tensor) -> Tensor:
+    """Another value for each number, which no norm behind it takes away."""
+    steps = torch.arange(features.numel(), dtype=torch.float32, device=features.device)
+    wave = steps.sin().view(features.shape).to(features.dtype)
+    return features + (features.abs().amax() + 1) * wave
 
 
 def check_host(host: nn.Module) -> None:
@@ -222,11 +294,25 @@ def check_host(host: nn.Module) -> None:
         raise AttachError("model: got a TorchScript module, wanted the model before scripting")
     if hasattr(host, "_orig_mod"):
         raise AttachError("model: got a compiled module, attach first and compile after")
+    if isinstance(host, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise AttachError(f"model: got a {type(host).__name__}, wanted the model in it, .module")
     for name, module in host.named_modules():
-        if ".quantized" in type(module).__module__:
+        kind = type(module)
+        if ".quantized" in kind.__module__:
             raise AttachError(
-                f"model: module {name!r} is quantised ({type(module).__name__}), "
+                f"model: module {name!r} is quantised ({kind.__name__}), "
                 "wanted a model in floating point"
+            )
+        if module._compiled_call_impl is not None:
+            what = f"module {name!r}" if name else "it"
+            raise AttachError(
+                f"model: {what} was compiled in place, which ignores what is attached later; "
+                "attach first and compile after"
+            )
+        if kind.__module__.partition(".")[0] == "peft":
+            raise AttachError(
+                f"model: module {name!r} is peft's {kind.__name__}, which freezes what is "
+                "attached; wanted the model without it (attach first, then train_transfer_only)"
             )
 
 
@@ -238,6 +324,33 @@ def host_parameter(host: nn.Module) -> Tensor | None:
         if value.is_floating_point() and not name.startswith(f"{CHILD}.")
     ]
     return tensors[-1] if tensors else None
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images that the model takes: those of its first convolution, or 3.
+
+    Some fold pixels into channels first, so that a multiple of 3 stands for 3.
+    """
+    layers = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    channels = next((layer.in_channels for layer in layers), 3)
+    return channels if channels % 3 else 3
+
+
+def said_size(model: nn.Module) -> int | None:
+    """Side of the images that the model, or a part of it, says that it takes, if one does.
+
+    Raises `AttachError` for sides that differ.
+    """
+    for module in model.modules():
+        for name in ("image_size", "img_size"):
+            said = getattr(module, name, None)
+            sides = said if isinstance(said, list | tuple) else (said,)
+            if not sides or not all(type(side) is int for side in sides):
+                continue
+            if len(set(sides)) > 1:
+                raise AttachError(f"model: its {name} is {said}, wanted square images")
+            return int(sides[0])
+    return None
 
 
 def channel_axis(shape: tuple[int, ...]) -> int:
@@ -274,6 +387,11 @@ def take_enabled_feature(host: nn.Module, place: Place, images: Tensor) -> Tenso
     if not taken or not isinstance(taken[0], Tensor):
         names = ", ".join((*place.inputs, *place.outputs))
         raise AttachError(f"where: no tensor passes {names} when the model runs")
+    if place.module is not None and len(taken) > 1:
+        raise AttachError(
+            f"where, at: {place.module!r} runs {len(taken)} times for an image, wanted a module "
+            "that runs once"
+        )
     return taken[0]
 
 
@@ -287,9 +405,19 @@ def module_place(model: nn.Module, name: str) -> Place:
     modules = dict(model.named_modules())
     if not name or name not in modules or name.startswith(f"{CHILD}."):
         raise no_place(model, f"where, at: no module {name!r}")
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     leaf = name
     while _runs_its_last_child(model.get_submodule(leaf)):
-        leaf = f"{leaf}.{list(model.get_submodule(leaf)._modules)[-1]}"
+        last, child = list(model.get_submodule(leaf)._modules.items())[-1]
+        if names[id(child)] > 1:  # what is shared runs for others too
+            break
+        leaf = f"{leaf}.{last}"
+    if isinstance(model.get_submodule(leaf), _BatchNorm) and hasattr(model, "fuse"):
+        raise no_place(
+            model,
+            f"where, at: {leaf!r} is a batch norm, which fuse() of {type(model).__name__} takes "
+            "away with what is attached to it",
+        )
     key = name.replace(".", "_")
     key = f"{key}_" if hasattr(Transfers(), key) else key
     return Place(key, None, outputs=(leaf,), module=name)
@@ -314,6 +442,37 @@ def no_place(model: nn.Module, message: str) -> AttachError:
     return AttachError(f"{message}; candidates in {type(model).__name__}{more}: {shown}")
 
 
+def _find(host: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name, if there is one."""
+    module: nn.Module | None = host
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
+def _check_hooks(transfers: Transfers, host: nn.Module, args: object) -> None:
+    """Before the host runs: raises `AttachError` where a module has come that has no hook."""
+    if torch.compiler.is_compiling():
+        return
+    for place in transfers.places.values():
+        for name in (*place.inputs, *place.outputs):
+            module = _find(host, name)
+            hooks = (
+                ()
+                if module is None
+                else (
+                    *module._forward_pre_hooks.values(),
+                    *module._forward_hooks.values(),
+                    vars(module).get("forward"),
+                )
+            )
+            if not any(_is_ours(hook, transfers, place.name) for hook in hooks):
+                raise AttachError(
+                    f"model: module {name!r}, to which {place.name!r} was attached, was taken away "
+                    "or replaced since; detach_transfer and attach again"
+                )
+
+
 def _transfer_input(
     transfers: Transfers, place: str, module: nn.Module, args: tuple[Any, ...]
 ) -> tuple[Any, ...]:
@@ -335,3 +494,13 @@ def _transfer_output(
         return transfers.transfer(place, output)
     changed = {level: transfers.transfer(place, output[level])}
     return type(output)((name, changed.get(name, maps)) for name, maps in output.items())
+
+
+def _save_pretrained(host: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of the host's own, whose `from_pretrained` would not attach anything."""
+    warnings.warn(
+        f"save_pretrained: from_pretrained of {type(host).__name__} gives the model without what "
+        "is attached; save that by save_transfers besides, and attach it by load_transfers",
+        stacklevel=2,
+    )
+    return type(host).save_pretrained(host, *args, **kwargs)

@@ -5,38 +5,47 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from featxfer import BaseDegradation, FeatureTransferHead, Preprocessing
-from featxfer.artifact import ArtifactError, check_fit, load_head
+from featxfer.artifact import ArtifactError, Card, check_fit, load_head
 from featxfer.backbone import frozen, weights_sha256
 from featxfer.hub import TransferModule, find_files
 from featxfer_integrations._attach import (
     CHILD,
     AttachError,
     Place,
+    Transfers,
     attached_at,
     channel_axis,
     check_host,
     disabled,
+    disturbed,
     host_parameter,
+    input_channels,
     install,
     is_attached,
     module_place,
     no_place,
     remove_all,
+    said_size,
     take_feature,
     transfers_of,
+    uninstall,
 )
 
 M = TypeVar("M", bound=nn.Module)
 INPUT_SIZE = 224
+
+LOWER_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes that weights are rounded to when a model is deployed."""
+
 DETECTORS = ("GeneralizedRCNN", "RetinaNet", "FCOS", "SSD")
 """torchvision's detectors, by their class or a base of it."""
 
@@ -68,6 +77,10 @@ class HostModule(Protocol):
         """Side of the images that the model is made for, in pixels."""
         ...
 
+    def behind(self, model: nn.Module, place: Place) -> tuple[str, ...]:
+        """Names of the modules that what is trained at a place does not hang on."""
+        ...
+
 
 class DetectorHost(HostModule, Protocol):
     """What this package's module for detectors knows besides."""
@@ -78,6 +91,10 @@ class DetectorHost(HostModule, Protocol):
 
     def block_place(self, model: nn.Module, name: str) -> Place:
         """After a module by name."""
+        ...
+
+    def answers(self, model: nn.Module, images: Tensor) -> Any:
+        """All that the heads say of images, before anything is left out for its score."""
         ...
 
 
@@ -162,6 +179,12 @@ def attach_transfer(
         raise ValueError(f"output: a block has none, got it with where={where!r}")
     if output == "clusters":
         _refuse_clusters(model, "output")
+    own = [name for place in places for name in place.methods if name in vars(model)]
+    if own and not is_attached(model):
+        raise AttachError(
+            f"model: it has a {own[0]} of its own on this instance, which what is attached would "
+            "pass by; wanted a model without"
+        )
     modules: list[TransferModule] = []
     for place in places:
         width, options = _sizes_at(model, place, in_features)
@@ -185,10 +208,16 @@ def _sizes_at(
     if place.block:
         channels, layout, _ = maps_at(model, place)
         return channels, {"layout": layout}
-    width = in_features or place.width or _width_at(model, place)
-    if place.width not in (None, width):
-        raise ValueError(f"in_features: got {in_features}, the model says {place.width}")
-    return width, {}
+    said = place.width
+    if said is None:
+        try:
+            said = _width_at(model, place)
+        except ProbeError:
+            if in_features is None:
+                raise
+    if said is not None and in_features not in (None, said):
+        raise ValueError(f"in_features: got {in_features}, the model says {said}")
+    return said or in_features or 0, {}
 
 
 def _given(
@@ -211,8 +240,9 @@ def _given(
     branch = None if module.card is None else module.card.details.get("branch")
     if branch not in (None, place.branch):
         raise ArtifactError(f"{source}: {module.kind} for branch={branch!r}, got {place.branch!r}")
-    sha256 = None if module.card is None else backbone_sha256(model, place)
-    check_fit(module, module.card, source, in_features=width, backbone_sha256=sha256)
+    check_fit(module, module.card, source, in_features=width)
+    if module.card is not None:
+        _check_weights(model, place, module.card, source)
     _warn_of_degradation(module, degradation)
     _warn_of_blocks(model, module)
     return module
@@ -293,7 +323,10 @@ def detach_transfer(model: M) -> M:
 
 @contextmanager
 def transfer_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model gives its plain features; raises `AttachError` if nothing is attached."""
+    """Inside, the model gives its plain features, in this thread alone (or in this task).
+
+    Raises `AttachError` if nothing is attached.
+    """
     with disabled(model):
         yield
 
@@ -376,19 +409,95 @@ def _import_host(name: str) -> Any:
     return importlib.import_module(f"featxfer_integrations.{name}")
 
 
-def backbone_sha256(model: nn.Module, place: Place) -> str:
-    """Hash of the model's weights without what is attached and without the classifiers.
+def backbone_sha256(model: nn.Module, place: Place, dtype: torch.dtype | None = None) -> str:
+    """Hash of the model's weights that what is trained at `place` hangs on, see `weights_sha256`.
 
-    What is attached after a module that is not the model's own pooled place, such as a block, is
-    for the model with any classifier.
+    Without what is attached, the classifiers or predictors, and what else runs behind the feature.
     """
-    classifiers = place.inputs
     host = host_of(model)
-    if host is not None and not classifiers:
-        with suppress(AttachError):
-            classifiers = host.pooled_place(model).inputs
-    left_out = tuple(f"{name}." for name in (CHILD, *classifiers) if name not in place.outputs)
-    return weights_sha256(model, leave_out=left_out)
+    behind = _behind(model, place) if host is None else host.behind(model, place)
+    left_out = tuple(f"{name}." for name in (CHILD, *behind) if name not in place.outputs)
+    return weights_sha256(model, leave_out=left_out, dtype=dtype)
+
+
+def weights_details(model: nn.Module, place: Place) -> dict[str, Any]:
+    """For a card: the dtype of the weights, and their hash in the dtypes that have less room."""
+    said = _dtype_of(model)
+    lower = {dtype: name for name, dtype in LOWER_DTYPES.items() if dtype != said}
+    if said in LOWER_DTYPES.values():
+        lower = {}
+    hashes = {name: backbone_sha256(model, place, dtype) for dtype, name in lower.items()}
+    return {"dtype": str(said).removeprefix("torch."), "sha256_in": hashes}
+
+
+def _check_weights(model: nn.Module, place: Place, card: Card, source: str) -> None:
+    """Raises `ArtifactError` for a card of other weights, in whatever dtype either has them."""
+    now = str(_dtype_of(model)).removeprefix("torch.")
+    trained = str(card.details.get("dtype", "float32"))
+    wanted, dtype = card.backbone_sha256, None
+    if now in LOWER_DTYPES and now != trained:  # this model's weights were rounded since
+        wanted = str(card.details.get("sha256_in", {}).get(now, ""))
+    elif trained in LOWER_DTYPES:
+        dtype = LOWER_DTYPES[trained]
+    got = backbone_sha256(model, place, dtype)
+    if got != wanted:
+        of = f"in {trained}" if wanted else f"in {trained} alone"
+        raise ArtifactError(
+            f"{source}: for backbone {card.backbone} with weights {card.backbone_sha256[:12]} "
+            f"{of}, wanted weights {got[:12]} in {now}"
+        )
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    like = host_parameter(model)
+    return torch.float32 if like is None else like.dtype
+
+
+def _behind(model: nn.Module, place: Place) -> tuple[str, ...]:
+    """Names of modules of a model of no known host that run once the place has been reached.
+
+    The inputs alone where the model does not run that far on a black image. Weights of a module
+    that is not called itself count as those of the module around it.
+    """
+    begun: set[str] = set()
+    running: set[str] = set()
+    reached: set[str] | None = None
+
+    def begin(name: str) -> None:
+        nonlocal reached
+        if reached is None and name in place.inputs:
+            reached = set(running)
+        if reached is None:
+            begun.add(name)
+            running.add(name)
+
+    def end(name: str) -> None:
+        nonlocal reached
+        if reached is None:
+            running.discard(name)
+            if name in place.outputs:
+                reached = set(running)
+
+    handles = []
+    for name, module in model.named_modules():
+        handles += [
+            module.register_forward_pre_hook(lambda *_, name=name: begin(name), prepend=True),
+            module.register_forward_hook(lambda *_, name=name: end(name)),
+        ]
+    try:
+        _probe(model, place)
+    except ProbeError:
+        if reached is None:
+            return place.inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+    around = running if reached is None else reached
+    return tuple(
+        name
+        for name, _ in model.named_modules()
+        if name not in begun and name.rpartition(".")[0] in around and name
+    )
 
 
 def _width_at(model: nn.Module, place: Place) -> int:
@@ -415,23 +524,128 @@ def maps_at(model: nn.Module, place: Place) -> tuple[int, str, int]:
     )
 
 
+class ProbeError(AttachError):
+    """The model does not run on an image of the shape that it seems to take."""
+
+
+def probe_image(model: nn.Module) -> Tensor:
+    """A black image `(1, c, side, side)` as the model says that it takes them."""
+    host, like = host_of(model), host_parameter(model)
+    size = (said_size(model) or INPUT_SIZE) if host is None else host.input_size(model)
+    image = torch.zeros(1, input_channels(model), size, size, device="cpu")
+    return image if like is None else image.to(like.device, like.dtype)
+
+
 def _probe(model: nn.Module, place: Place) -> tuple[int, ...]:
     """Shape of the feature at `place`, from one run on a black image."""
-    host, like = host_of(model), host_parameter(model)
-    size = INPUT_SIZE if host is None else host.input_size(model)
-    image = torch.zeros(1, 3, size, size)
+    image = probe_image(model)
     try:
         with frozen(model):
-            image = image if like is None else image.to(like.device, like.dtype)
             feature = take_feature(model, place, image)
     except AttachError:
         raise
     except Exception as error:  # whatever a foreign model raises
-        raise AttachError(
-            f"in_features: the model does not run on an image of 3 x {size} x {size} "
-            f"({type(error).__name__}: {error}), so the width at {place.name!r} has to be given"
-        ) from error
+        raise _does_not_run(image, error, f"the width at {place.name!r} has to be given") from error
     return tuple(feature.shape)
+
+
+def _does_not_run(image: Tensor, error: Exception, so: str) -> ProbeError:
+    shape = " x ".join(map(str, image.shape[1:]))
+    return ProbeError(
+        f"in_features: the model does not run on an image of {shape} "
+        f"({type(error).__name__}: {error}), so {so}"
+    )
+
+
+def attached_runs(
+    model: nn.Module, batch: Any, *, run: Callable[[Any], Any] | None = None
+) -> dict[str, bool]:
+    """By place, whether what the model returns for `batch` hangs on what is attached there.
+
+    What reaches a place is disturbed, one place after the other, and the results are compared. It
+    is False where what is attached is not called, as in a model that the host has fused, rebuilt
+    or copied since, or where its result is not used.
+
+    Args:
+        model: with something attached to it, or to a module in it; as it is used: compiled, say.
+        batch: what it takes; of a detector images in which it finds something.
+        run: how it is used, if not as `model(batch)`: a predictor around the model, for one. It
+            has to run in this thread.
+
+    Raises:
+        AttachError: nothing is attached.
+        ValueError: a result without numbers, or another one each time.
+    """
+    hosts = {n: m for n, m in model.named_modules() if isinstance(m, Transfers) and len(m)}
+    if not hosts:
+        transfers_of(model)
+    with frozen(model):
+        plain = _numbers((run or model)(batch))
+        if not any(value.numel() for value in plain):
+            raise ValueError("batch: the model's result for it has no numbers, wanted some")
+        if not _are_equal(plain, _numbers((run or model)(batch))):
+            raise ValueError("batch: the model gives another result for it each time")
+        return {
+            place if len(hosts) == 1 else f"{name.removesuffix(CHILD)}{place}": _hangs_on(
+                transfers, place, plain, lambda: (run or model)(batch)
+            )
+            for name, transfers in hosts.items()
+            for place in transfers
+        }
+
+
+def _hangs_on(
+    transfers: Transfers, place: str, plain: Sequence[Tensor], run: Callable[[], Any]
+) -> bool:
+    with disturbed(transfers, place):
+        return not _are_equal(plain, _numbers(run()))
+
+
+def _numbers(value: Any) -> list[Tensor]:
+    """The tensors in whatever a model returns."""
+    if isinstance(value, Tensor):
+        return [value.detach().double().nan_to_num().cpu()]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _numbers(part)]
+    if hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+        return _numbers(vars(value))
+    return []
+
+
+def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def prove(model: nn.Module, places: Sequence[Place]) -> None:
+    """Attaches something at each place, sees by one image that it acts, and takes it away again.
+
+    Raises `AttachError` where it does not; the model is as it was.
+    """
+    detector, image = detector_host(model), probe_image(model)
+    added = [place for place in places if attached_at(model, place) is None]
+    try:
+        for place in added:
+            width, options = _sizes_at(model, place, None)
+            install(model, place, place.kind(width, **options))
+        answers = None if detector is None else lambda batch: detector.answers(model, batch)
+        try:
+            acts = attached_runs(model, image, run=answers)
+        except (AttachError, ValueError):
+            raise
+        except Exception as error:  # whatever a foreign model raises
+            raise _does_not_run(image, error, "nothing can be trained in it") from error
+        idle = [place.name for place in places if not acts[place.name]]
+    finally:
+        for place in added:
+            if attached_at(model, place) is not None:
+                uninstall(model, place)
+    if idle:
+        raise AttachError(
+            f"model: what is attached at {', '.join(map(repr, idle))} changes nothing that "
+            f"{type(model).__name__} returns: it is not called, or its result is not used"
+        )
 
 
 def _check_options(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from featxfer_integrations._attach import (
     Place,
     gives_clusters,
     hook_modules,
+    said_size,
     transfers_of,
     unhook_modules,
 )
@@ -59,15 +61,26 @@ def model_name(model: Any) -> str:
 
 
 def preprocessing(model: Any) -> Preprocessing:
-    """Mean, std and, where the model takes no other, the input size of its weights."""
+    """Mean, std and, where the model takes no other, the input size that it was made for."""
     config = resolve_model_data_config(model)
-    fixed = input_size(model) if model.pretrained_cfg.get("fixed_input_size") else None
-    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), fixed)
+    fixed = model.pretrained_cfg.get("fixed_input_size") and not any(
+        getattr(module, "strict_img_size", None) is False for module in model.modules()
+    )
+    size = input_size(model) if fixed else None
+    return Preprocessing(tuple(config["mean"]), tuple(config["std"]), size)
 
 
 def input_size(model: Any) -> int:
-    """Side of the images that the model is made for, in pixels."""
-    return int(resolve_model_data_config(model)["input_size"][-1])
+    """Side of the images that the model is made for, in pixels: its own, or that of its weights."""
+    return said_size(model) or int(resolve_model_data_config(model)["input_size"][-1])
+
+
+def behind(model: Any, place: Place) -> tuple[str, ...]:
+    """The classifiers."""
+    if not place.inputs:
+        with suppress(AttachError):
+            place = pooled_place(model)
+    return place.inputs
 
 
 def pooled_place(model: Any) -> Place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 
 from featxfer import Backbone, Preprocessing
 from featxfer.backbone import frozen
-from featxfer_integrations._attach import DEEP_REDUCTIONS, AttachError, Place, channel_axis
+from featxfer_integrations._attach import (
+    CHILD,
+    DEEP_REDUCTIONS,
+    AttachError,
+    Place,
+    channel_axis,
+    said_size,
+)
 from featxfer_integrations._weights import BackboneError, load_by_name, read_state_dict
 
 
@@ -65,13 +73,41 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 
 
 def input_size(model: nn.Module) -> int:
-    """Side of the images that the model is made for, in pixels."""
-    return int(getattr(model, "image_size", None) or 224)
+    """Side of the images that the model is made for, in pixels.
+
+    The model's own, or that which the one set of torchvision's weights for a model of so many
+    parameters was made for; else 224.
+    """
+    said = said_size(model)
+    if said is not None:
+        return said
+    count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(f"{CHILD}."))
+    with suppress(AttachError):
+        place = pooled_place(model)
+        if place.width is not None:  # as many classes as the weights have, whatever it has now
+            classifier = model.get_submodule(place.inputs[0])
+            count -= sum(parameter.numel() for parameter in classifier.parameters())
+            count += 1000 * (place.width + 1)
+    sizes = {
+        int(weights.transforms.keywords["crop_size"])
+        for builder in model_names()
+        for weights in torchvision.models.get_model_weights(builder)
+        if weights.meta["num_params"] == count
+    }
+    return sizes.pop() if len(sizes) == 1 else 224
+
+
+def behind(model: nn.Module, place: Place) -> tuple[str, ...]:
+    """The classifier."""
+    if not place.inputs:
+        with suppress(AttachError):
+            place = pooled_place(model)
+    return place.inputs
 
 
 def pooled_place(model: nn.Module) -> Place:
     """Before the last layer with weights of the last child, or the `Identity` in its stead."""
-    *_, (child, last) = model.named_children()
+    *_, (child, last) = ((n, c) for n, c in model.named_children() if n != CHILD)
     for name, layer in reversed(list(last.named_modules(prefix=child))):
         width = None
         if isinstance(layer, nn.Linear):

@@ -149,6 +149,35 @@ def run_backbone(model: nn.Module, images: Tensor) -> object:
     return backbone(images)
 
 
+def behind(model: nn.Module, place: Place) -> tuple[str, ...]:
+    """All but the backbone for what is in it; else the predictors, and heads of other kinds."""
+    if all(name.startswith("backbone") for name in (*place.inputs, *place.outputs)):
+        names = (name for name, _ in model.named_children())
+        return tuple(name for name in names if name not in ("backbone", "feature_transfer"))
+    if isinstance(model, GeneralizedRCNN):
+        heads = model.get_submodule("roi_heads").named_children()
+        before = ("box_roi_pool", "box_head")
+        return tuple(f"roi_heads.{name}" for name, _ in heads if name not in before)
+    last = [name for found in box_places(model, "both") for name in found.inputs]
+    return (*last, *place.inputs)
+
+
+def answers(model: nn.Module, images: Tensor) -> Any:
+    """All that the heads say of images, before anything is left out for its score."""
+    heads = ["rpn.head", "roi_heads"] if isinstance(model, GeneralizedRCNN) else ["head"]
+    said: list[Any] = []
+    handles = []
+    for name, module in model.named_modules():
+        if name.startswith(tuple(heads)):
+            handles.append(module.register_forward_hook(lambda *args: said.append(args[-1])))
+    try:
+        said.append(model(list(images)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return said
+
+
 def _try_backbone(model: nn.Module) -> Any:
     size, like = input_size(model), host_parameter(model)
     image = torch.zeros(1, 3, size, size)

@@ -336,6 +336,12 @@ def input_channels(model: nn.Module) -> int:
     return channels if channels % 3 else 3
 
 
+def black_image(model: nn.Module, size: int) -> Tensor:
+    """An image `(1, c, size, size)` of zeros, on the model's device and in its dtype."""
+    image, like = torch.zeros(1, input_channels(model), size, size), host_parameter(model)
+    return image if like is None else image.to(like.device, like.dtype)
+
+
 def said_size(model: nn.Module) -> int | None:
     """Side of the images that the model, or a part of it, says that it takes, if one does.
 

@@ -23,12 +23,12 @@ from featxfer_integrations._attach import (
     Place,
     Transfers,
     attached_at,
+    black_image,
     channel_axis,
     check_host,
     disabled,
     disturbed,
     host_parameter,
-    input_channels,
     install,
     is_attached,
     module_place,
@@ -178,7 +178,8 @@ def attach_transfer(
     if output is not None and any(place.block for place in places):
         raise ValueError(f"output: a block has none, got it with where={where!r}")
     if output == "clusters":
-        _refuse_clusters(model, "output")
+        for place in places:
+            _refuse_clusters(model, place, "output")
     own = [name for place in places for name in place.methods if name in vars(model)]
     if own and not is_attached(model):
         raise AttachError(
@@ -236,7 +237,7 @@ def _given(
             f"({'a head takes no at=' if place.block else 'a block needs at='})"
         )
     if isinstance(module, FeatureTransferHead) and module.output == "clusters":
-        _refuse_clusters(model, source)
+        _refuse_clusters(model, place, source)
     branch = None if module.card is None else module.card.details.get("branch")
     if branch not in (None, place.branch):
         raise ArtifactError(f"{source}: {module.kind} for branch={branch!r}, got {place.branch!r}")
@@ -248,9 +249,19 @@ def _given(
     return module
 
 
-def _refuse_clusters(model: nn.Module, source: str) -> None:
+def _refuse_clusters(model: nn.Module, place: Place, source: str) -> None:
+    """Raises `ValueError` where cluster logits do not fit, or would not come out as they are."""
     if detector_host(model) is not None:
         raise ValueError(f"{source}: got 'clusters', which a detector's predictor does not fit")
+    for name in place.inputs:
+        around, _, last = name.rpartition(".")
+        layers = dict(model.get_submodule(around).named_children())
+        behind = list(layers.values())[list(layers).index(last) + 1 :]
+        if around and any(isinstance(layer, nn.ReLU) for layer in behind):
+            raise ValueError(
+                f"{source}: got 'clusters', whose logits a ReLU of {type(model).__name__} behind "
+                f"{name!r} would cut off at zero"
+            )
 
 
 def save_transfers(model: nn.Module, folder: str | Path) -> Path:
@@ -530,10 +541,9 @@ class ProbeError(AttachError):
 
 def probe_image(model: nn.Module) -> Tensor:
     """A black image `(1, c, side, side)` as the model says that it takes them."""
-    host, like = host_of(model), host_parameter(model)
+    host = host_of(model)
     size = (said_size(model) or INPUT_SIZE) if host is None else host.input_size(model)
-    image = torch.zeros(1, input_channels(model), size, size, device="cpu")
-    return image if like is None else image.to(like.device, like.dtype)
+    return black_image(model, size)
 
 
 def _probe(model: nn.Module, place: Place) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import torch
 import torchvision
 import torchvision.models
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from featxfer_integrations._attach import (
     DEEP_REDUCTIONS,
     AttachError,
     Place,
+    black_image,
     channel_axis,
     said_size,
 )
@@ -158,10 +158,9 @@ def _layers_by_resolution(model: nn.Module) -> dict[int, str]:
     handles = [
         layer.register_forward_hook(partial(note, name=name)) for name, layer in _layers(model)
     ]
-    like = next(model.parameters())
     try:
         with frozen(model):
-            model(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
+            model(black_image(model, size))
     finally:
         for handle in handles:
             handle.remove()

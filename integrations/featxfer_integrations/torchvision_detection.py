@@ -8,7 +8,6 @@ from collections.abc import Container, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import FeaturePyramidNetwork
@@ -17,9 +16,10 @@ from featxfer import Preprocessing
 from featxfer._checks import check_choice
 from featxfer.backbone import frozen
 from featxfer_integrations._attach import (
+    CHILD,
     AttachError,
     Place,
-    host_parameter,
+    black_image,
     module_place,
     no_place,
 )
@@ -153,7 +153,7 @@ def behind(model: nn.Module, place: Place) -> tuple[str, ...]:
     """All but the backbone for what is in it; else the predictors, and heads of other kinds."""
     if all(name.startswith("backbone") for name in (*place.inputs, *place.outputs)):
         names = (name for name, _ in model.named_children())
-        return tuple(name for name in names if name not in ("backbone", "feature_transfer"))
+        return tuple(name for name in names if name not in ("backbone", CHILD))
     if isinstance(model, GeneralizedRCNN):
         heads = model.get_submodule("roi_heads").named_children()
         before = ("box_roi_pool", "box_head")
@@ -179,10 +179,8 @@ def answers(model: nn.Module, images: Tensor) -> Any:
 
 
 def _try_backbone(model: nn.Module) -> Any:
-    size, like = input_size(model), host_parameter(model)
-    image = torch.zeros(1, 3, size, size)
     with frozen(model):
-        return run_backbone(model, image if like is None else image.to(like.device, like.dtype))
+        return run_backbone(model, black_image(model, input_size(model)))
 
 
 def input_size(model: nn.Module) -> int:

@@ -864,8 +864,7 @@ def test_a_new_classifier_of_another_width_is_refused() -> None:
     assert run(model)[0].shape == (2, 96)
 
 
-@pytest.mark.xfail(reason="SqueezeNet applies a ReLU to what its classifier gives")
-def test_cluster_logits_are_not_cut_off_at_zero() -> None:
+def test_cluster_logits_that_would_be_cut_off_at_zero_are_refused() -> None:
     model = make("torchvision/squeezenet1_1")
-    attach_transfer(model, output="clusters", hidden_features=16)
-    assert run(model)[0].min() < 0
+    with untouched(model), pytest.raises(ValueError, match="a ReLU of SqueezeNet behind 'class"):
+        attach_transfer(model, output="clusters", hidden_features=16)

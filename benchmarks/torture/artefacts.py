@@ -42,63 +42,30 @@ def _headers(weights: bytes) -> Iterator[tuple[str, bytes]]:
     size = int.from_bytes(weights[:8], "little")
     header, data = json.loads(weights[8 : 8 + size]), weights[8 + size :]
     plain = json.dumps(header).encode()
-    for length in (0, 1, len(plain) - 1, len(plain) + 1, 2**31, 2**53, 2**63, 2**64 - 1):
+    for length in (0, len(plain) - 1, len(plain) + 1, 2**31, 2**64 - 1):
         yield f"a header of {length} bytes", _tensor_file(plain, data, length)
-    for text in (b"", b"{", b"[]", b"null", b"\xff" * 40, b"[" * 100_000, b'{"a":' * 50_000):
+    for text in (b"", b"[]", b"\xff" * 40, b"[" * 100_000, b'{"a":' * 50_000):
         yield f"the header {text[:8]!r}", _tensor_file(text, data)
     name = "fc1.weight"
-    changes: dict[str, dict[str, Any]] = {
-        "negative": {"shape": [-8, -6]},
-        "huge": {"shape": [2**32, 2**32]},
-        "too large": {"shape": [2**40]},
-        "of no number": {"shape": ["8", None]},
-        "of floats": {"shape": [8.0, 6.0]},
-        "missing": {"shape": None},
-        "of many sides": {"shape": [1] * 10_000},
-        "empty": {"shape": [0, 2**62]},
-    }
-    for kind, change in changes.items():
-        made = {**header, name: {**header[name], **change}}
-        yield f"a shape that is {kind}", _tensor_file(json.dumps(made).encode(), data)
     begin, end = header[name]["data_offsets"]
-    for offsets in (
-        [end, begin],
-        [begin, 2**62],
-        [-8, end],
-        [begin + 1, end + 1],
-        [0, len(data)],
-        [begin],
-        "all",
-        [2**64, 2**65],
-    ):
-        made = {**header, name: {**header[name], "data_offsets": offsets}}
-        yield f"offsets {offsets}", _tensor_file(json.dumps(made).encode(), data)
-    for dtype in ("F7", "", 3, None, "BOOL", "I64", "F64", "BF16", "C64", "F8_E4M3", "U8"):
-        made = {**header, name: {**header[name], "dtype": dtype}}
-        yield f"the dtype {dtype!r}", _tensor_file(json.dumps(made).encode(), data)
-    odd: tuple[Any, ...] = ([], {"a": 1}, {"a": None}, "text", {"a": "b" * 1_000_000})
-    for metadata in odd:
+    changes: list[dict[str, Any]] = [
+        *(
+            {"shape": shape}
+            for shape in ([-8, -6], [2**32] * 2, ["8"], [8.0, 6.0], None, [1] * 9999)
+        ),
+        *({"data_offsets": offsets} for offsets in ([end, begin], [begin, 2**62], [-8, end], [0])),
+        *({"dtype": dtype} for dtype in ("F7", 3, None, "BOOL", "I64", "F64", "C64", "F8_E4M3")),
+    ]
+    for change in changes:
+        made = {**header, name: {**header[name], **change}}
+        yield f"{name} with {str(change)[:40]}", _tensor_file(json.dumps(made).encode(), data)
+    for metadata in ([], {"a": 1}, "text", {"a": "b" * 1_000_000}):
         made = {**header, "__metadata__": metadata}
         yield f"metadata {str(metadata)[:20]}", _tensor_file(json.dumps(made).encode(), data)
-    for other in ("", "../../outside", "fc1", "fc1.weight.weight", "\x00", "x" * 1_000_000):
-        made = {(other if key == name else key): value for key, value in header.items()}
-        yield f"a tensor named {other[:20]!r}", _tensor_file(json.dumps(made).encode(), data)
-    twice = plain[:-1] + b"," + plain[1:]
-    yield "every tensor twice", _tensor_file(twice, data)
-    yield "bytes behind", _tensor_file(plain, data + b"\x00" * 8)
-    yield "no tensor", _tensor_file(b"{}", b"")
-    yield (
-        "a hundred thousand tensors",
-        _tensor_file(
-            json.dumps(
-                {
-                    f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-                    for n in range(100_000)
-                }
-            ).encode(),
-            b"",
-        ),
-    )
+    many = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)}
+    yield "a hundred thousand tensors", _tensor_file(json.dumps(many).encode(), b"")
+    yield "every tensor twice", _tensor_file(plain[:-1] + b"," + plain[1:], data)
+    yield "bytes behind", _tensor_file(plain, data + bytes(8))
 
 
 def _tensors(head: FeatureTransferHead) -> Iterator[tuple[str, bytes]]:
@@ -144,20 +111,9 @@ def _cards(files: Files) -> Iterator[tuple[str, bytes]]:
         for value in HOSTILE:
             changed = {**card, "degradations": [{**card["degradations"][0], name: value}]}
             yield f"degradations.{name} {str(value)[:12]}", json.dumps(changed).encode()
-    whole = files[CARD].decode()
-    texts = {
-        "NaN": '{"format": NaN}',
-        "a number of many digits": '{"format": ' + "9" * 100_000 + "}",
-        "nested lists": "[" * 100_000,
-        "nested objects": '{"a":' * 100_000,
-        "a million keys": "{" + ",".join(f'"k{n}":{n}' for n in range(60_000)) + "}",
-        "a key twice": whole[:-2] + ', "format": 1}',
-        "over a megabyte": whole[:-2] + " " * 2**21 + "}",
-        "a byte order mark": "\ufeff" + whole,
-        "no text": "\x00" * 1000,
-    }
-    yield from ((f"JSON: {said}", text.encode()) for said, text in texts.items())
-    yield "JSON: no UTF-8", b'{"format": "\xff\xfe"}'
+    for text in ('{"format": NaN}', "[" * 100_000, '{"a":' * 100_000, "\ufeff{}", "\x00" * 1000):
+        yield f"JSON: {text[:8]!r}", text.encode()
+    yield "JSON: over a megabyte", files[CARD][:-2] + b" " * 2**21 + b"}"
 
 
 def malformed(seed: int, flips: int, every: int = 1) -> Iterator[tuple[str, Files, bool]]:

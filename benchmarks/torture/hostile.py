@@ -1,17 +1,14 @@
-"""Archives that would write outside of their folder, and XML that would grow or reach out."""
+"""Archives that would write outside of their folder."""
 
 from __future__ import annotations
 
 import io
-import socket
 import tarfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.torture.outcome import Outcome
 from benchmarks.voc2007.fetch import FetchError, unpack
-from featxfer import DevkitError, VOCDevkit
 
 Member = tuple[tarfile.TarInfo, bytes]
 
@@ -99,62 +96,3 @@ def run_archives(folder: Path) -> Outcome:
 def _tree(folder: Path, *, without: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and without not in path.parents)
     return {str(path): path.read_bytes() for path in files}
-
-
-def _entities(first: str, levels: int) -> str:
-    lines = [f'<!ENTITY e0 "{first}">']
-    lines += [f'<!ENTITY e{n + 1} "{f"&e{n};" * 10}">' for n in range(levels)]
-    return f"<!DOCTYPE annotation [{''.join(lines)}]>"
-
-
-def xml_bombs(secret: Path, address: str) -> Mapping[str, str]:
-    """Annotations by what they try: to read a file, to call an address, to grow."""
-    body = "<annotation><object><name>{}</name></object></annotation>"
-    return {
-        "entities in entities": _entities("lol", 9) + body.format("&e9;"),
-        "one long entity many times": f'<!DOCTYPE a [<!ENTITY e "{"x" * 100_000}">]>'
-        + body.format("&e;" * 10_000),
-        "a file": f'<!DOCTYPE a [<!ENTITY e SYSTEM "file://{secret}">]>' + body.format("&e;"),
-        "an address": f'<!DOCTYPE a [<!ENTITY e SYSTEM "{address}">]>' + body.format("&e;"),
-        "an address in a parameter": f'<!DOCTYPE a [<!ENTITY % e SYSTEM "{address}"> %e;]>'
-        + body.format("dog"),
-        "a document type elsewhere": f'<!DOCTYPE a SYSTEM "{address}">' + body.format("&e;"),
-        "entities in an attribute": _entities("lol", 9)
-        + '<annotation a="&e9;"><object><name>dog</name></object></annotation>',
-        "a million elements, one in the other": "<annotation>" * 1_000_000,
-    }
-
-
-def run_xml(folder: Path, most_seconds: float = 0.1) -> Outcome:
-    """Opens a devkit with each as its annotation: it is refused soon, and nothing is called."""
-    faults, slowest = [], 0.0
-    secret = folder / "secret"
-    folder.mkdir(parents=True)
-    secret.write_text("the secret")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.0)
-        port = server.getsockname()[1]
-        bombs = xml_bombs(secret, f"http://127.0.0.1:{port}/called")
-        for number, (name, text) in enumerate(bombs.items()):
-            root = folder / f"kit{number}"
-            for part in ("JPEGImages", "Annotations", "ImageSets/Main"):
-                (root / part).mkdir(parents=True)
-            (root / "ImageSets" / "Main" / "trainval.txt").write_text("one")
-            (root / "Annotations" / "one.xml").write_text(text)
-            begin = time.perf_counter()
-            try:
-                found = VOCDevkit(root).classes
-                faults.append(f"{name}: gave the classes {str(found)[:60]}")
-            except DevkitError as error:
-                if "the secret" in str(error):
-                    faults.append(f"{name}: told the secret")
-            seconds = time.perf_counter() - begin
-            slowest = max(slowest, seconds)
-            if seconds > most_seconds:
-                faults.append(f"{name}: {seconds:.2f} s")
-        try:
-            server.accept()
-            faults.append("an address was called")
-        except BlockingIOError:
-            pass
-    return Outcome(len(bombs), faults, {"slowest, s": slowest})

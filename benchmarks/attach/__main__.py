@@ -27,7 +27,7 @@ from benchmarks.versions import versions
 from featxfer import FeatureTransferHead
 from featxfer._files import write_atomic
 from featxfer_integrations import AttachError, attach_transfer, detach_transfer, transfers_of
-from featxfer_integrations.attach import host_of
+from featxfer_integrations.attach import probe_image
 
 ATTACHED, NOT_RUN, REFUSED = "attached", "attached, not run", "refused"
 
@@ -93,9 +93,7 @@ def _run(model: Any) -> str:
         raise AssertionError(f"got a {type(head).__name__}")
     calls: list[int] = []
     head.register_forward_hook(lambda *_: calls.append(1))
-    host = host_of(model)
-    size = 224 if host is None else host.input_size(model)
-    images = torch.empty(2, 3, size, size, device="meta")
+    images = probe_image(model).expand(2, -1, -1, -1)
     try:
         with torch.no_grad():
             model(images)

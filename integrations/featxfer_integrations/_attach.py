@@ -336,27 +336,29 @@ def input_channels(model: nn.Module) -> int:
     return channels if channels % 3 else 3
 
 
-def black_image(model: nn.Module, size: int) -> Tensor:
-    """An image `(1, c, size, size)` of zeros, on the model's device and in its dtype."""
-    image, like = torch.zeros(1, input_channels(model), size, size), host_parameter(model)
+def black_image(model: nn.Module, height: int, width: int) -> Tensor:
+    """An image `(1, c, height, width)` of zeros, on the model's device and in its dtype."""
+    image, like = torch.zeros(1, input_channels(model), height, width), host_parameter(model)
     return image if like is None else image.to(like.device, like.dtype)
 
 
-def said_size(model: nn.Module) -> int | None:
-    """Side of the images that the model, or a part of it, says that it takes, if one does.
-
-    Raises `AttachError` for sides that differ.
-    """
+def said_sides(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images that the model, or a part of it, says that it takes."""
     for module in model.modules():
         for name in ("image_size", "img_size"):
             said = getattr(module, name, None)
-            sides = said if isinstance(said, list | tuple) else (said,)
-            if not sides or not all(type(side) is int for side in sides):
-                continue
-            if len(set(sides)) > 1:
-                raise AttachError(f"model: its {name} is {said}, wanted square images")
-            return int(sides[0])
+            sides = tuple(said) if isinstance(said, list | tuple) else (said, said)
+            if len(sides) == 2 and all(type(side) is int for side in sides):
+                return sides
     return None
+
+
+def said_side(model: nn.Module) -> int | None:
+    """The one side of `said_sides`; `AttachError` where there are two."""
+    sides = said_sides(model)
+    if sides is not None and sides[0] != sides[1]:
+        raise AttachError(f"model: it takes images of {sides}, wanted square ones")
+    return None if sides is None else sides[0]
 
 
 def channel_axis(shape: tuple[int, ...]) -> int:

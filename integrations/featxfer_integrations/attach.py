@@ -34,7 +34,7 @@ from featxfer_integrations._attach import (
     module_place,
     no_place,
     remove_all,
-    said_size,
+    said_sides,
     take_feature,
     transfers_of,
     uninstall,
@@ -540,10 +540,11 @@ class ProbeError(AttachError):
 
 
 def probe_image(model: nn.Module) -> Tensor:
-    """A black image `(1, c, side, side)` as the model says that it takes them."""
-    host = host_of(model)
-    size = (said_size(model) or INPUT_SIZE) if host is None else host.input_size(model)
-    return black_image(model, size)
+    """A black image `(1, c, h, w)` as the model says that it takes them."""
+    host, sides = host_of(model), said_sides(model)
+    if sides is None:
+        sides = (INPUT_SIZE if host is None else host.input_size(model),) * 2
+    return black_image(model, *sides)
 
 
 def _probe(model: nn.Module, place: Place) -> tuple[int, ...]:

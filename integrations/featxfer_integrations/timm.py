@@ -19,7 +19,7 @@ from featxfer_integrations._attach import (
     Place,
     gives_clusters,
     hook_modules,
-    said_size,
+    said_side,
     transfers_of,
     unhook_modules,
 )
@@ -72,7 +72,7 @@ def preprocessing(model: Any) -> Preprocessing:
 
 def input_size(model: Any) -> int:
     """Side of the images that the model is made for, in pixels: its own, or that of its weights."""
-    return said_size(model) or int(resolve_model_data_config(model)["input_size"][-1])
+    return said_side(model) or int(resolve_model_data_config(model)["input_size"][-1])
 
 
 def behind(model: Any, place: Place) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from featxfer_integrations._attach import (
     Place,
     black_image,
     channel_axis,
-    said_size,
+    said_side,
 )
 from featxfer_integrations._weights import BackboneError, load_by_name, read_state_dict
 
@@ -78,7 +78,7 @@ def input_size(model: nn.Module) -> int:
     The model's own, or that which the one set of torchvision's weights for a model of so many
     parameters was made for; else 224.
     """
-    said = said_size(model)
+    said = said_side(model)
     if said is not None:
         return said
     count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(f"{CHILD}."))
@@ -160,7 +160,7 @@ def _layers_by_resolution(model: nn.Module) -> dict[int, str]:
     ]
     try:
         with frozen(model):
-            model(black_image(model, size))
+            model(black_image(model, size, size))
     finally:
         for handle in handles:
             handle.remove()

@@ -179,8 +179,9 @@ def answers(model: nn.Module, images: Tensor) -> Any:
 
 
 def _try_backbone(model: nn.Module) -> Any:
+    size = input_size(model)
     with frozen(model):
-        return run_backbone(model, black_image(model, input_size(model)))
+        return run_backbone(model, black_image(model, size, size))
 
 
 def input_size(model: nn.Module) -> int:

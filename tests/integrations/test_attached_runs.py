@@ -234,8 +234,7 @@ def test_models_of_one_channel_and_small_ones_are_probed_as_they_say() -> None:
     with pytest.raises(AttachError, match="does not run on an image of 3 x 2 x 2"):
         attach_transfer(named, at="norm")
     named.image_size = (64, 32)
-    with pytest.raises(AttachError, match=r"its image_size is \(64, 32\), wanted square images"):
-        attach_transfer(named, at="norm")
+    attach_transfer(named, where="pool")
 
 
 @pytest.mark.parametrize(
@@ -255,6 +254,15 @@ def test_timm_models_are_asked_for_their_size(
     model = timm.create_model(name, **options)
     assert host.input_size(model) == size
     assert host.preprocessing(model).input_size == fixed
+
+
+def test_timm_models_of_two_sides_are_refused_by_square_views() -> None:
+    from featxfer_integrations import timm as host
+
+    model = timm.create_model("test_vit", img_size=(64, 96))
+    attach_transfer(model)
+    with pytest.raises(AttachError, match=r"model: it takes images of \(64, 96\), wanted square"):
+        host.input_size(model)
 
 
 def test_torchvision_models_are_asked_for_their_size() -> None:

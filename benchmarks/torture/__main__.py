@@ -15,10 +15,11 @@ import click
 from benchmarks.markdown import markdown_table
 from benchmarks.torture.artefacts import run_artefacts
 from benchmarks.torture.crash import run_flipped, run_killed, run_refused, run_together
-from benchmarks.torture.hostile import run_archives, run_xml
+from benchmarks.torture.hostile import run_archives
 from benchmarks.torture.numbers import run_numbers
 from benchmarks.torture.outcome import Outcome
 from benchmarks.torture.repeats import run_repeats
+from benchmarks.torture.silent import run_edited, run_folders, run_ranks, run_threads
 from benchmarks.versions import versions
 from featxfer._files import write_atomic
 
@@ -29,12 +30,12 @@ PARTS: Mapping[str, tuple[str, Callable[[Path, int], Outcome]]] = {
     "flipped": ("flipped bytes of a store", lambda f, _: run_flipped(f)),
     "artefacts": ("malformed heads", lambda f, seed: run_artefacts(f, seed)),
     "archives": ("hostile archives", lambda f, _: run_archives(f)),
-    "xml": ("XML bombs", lambda f, _: run_xml(f)),
     "numbers": ("odd features", lambda _, seed: run_numbers(1000, seed)),
-    "repeats": (
-        "the same run again, and laid out otherwise",
-        lambda f, _: run_repeats(f, 20),
-    ),
+    "repeats": ("the same run again, and laid out otherwise", lambda f, _: run_repeats(f, 5)),
+    "threads": ("noisy views by threads and processes", lambda f, _: run_threads(f)),
+    "edited": ("a backbone edited between two runs", lambda f, _: run_edited(f)),
+    "ranks": ("a head in several processes", lambda f, _: run_ranks(f)),
+    "folders": ("odd folders", lambda f, seed: run_folders(f, 300, seed)),
 }
 """What is run, by the name for `--parts`: from a folder and a seed to what was found."""
 

@@ -59,7 +59,8 @@ def _headers(weights: bytes) -> Iterator[tuple[str, bytes]]:
     for change in changes:
         made = {**header, name: {**header[name], **change}}
         yield f"{name} with {str(change)[:40]}", _tensor_file(json.dumps(made).encode(), data)
-    for metadata in ([], {"a": 1}, "text", {"a": "b" * 1_000_000}):
+    odd: tuple[Any, ...] = ([], {"a": 1}, "text", {"a": "b" * 1_000_000})
+    for metadata in odd:
         made = {**header, "__metadata__": metadata}
         yield f"metadata {str(metadata)[:20]}", _tensor_file(json.dumps(made).encode(), data)
     many = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)}

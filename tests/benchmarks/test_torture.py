@@ -12,10 +12,11 @@ from click.testing import CliRunner
 from benchmarks.torture.__main__ import PARTS, main, to_markdown
 from benchmarks.torture.artefacts import run_artefacts
 from benchmarks.torture.crash import run_flipped, run_killed, run_refused, run_together
-from benchmarks.torture.hostile import run_archives, run_xml
+from benchmarks.torture.hostile import run_archives
 from benchmarks.torture.numbers import run_numbers
 from benchmarks.torture.outcome import Outcome
 from benchmarks.torture.repeats import LAYOUTS, run_repeats
+from benchmarks.torture.silent import run_edited, run_folders, run_ranks, run_threads
 from featxfer.store import FeatureStore
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "torture"
@@ -34,11 +35,17 @@ def test_killed_extractions_go_on_to_the_same_store(tmp_path: Path) -> None:
         (lambda folder: run_refused(folder), 2 * 2 * (1 + 3) * 4),
         (lambda folder: run_together(folder, 2), 10),
         (lambda folder: run_archives(folder), 12),
-        (lambda folder: run_xml(folder), 8),
         (lambda _: run_numbers(200, seed=5), 200),
         (lambda folder: run_repeats(folder, 2, layouts=LAYOUTS[:1]), 3),
+        (lambda folder: run_threads(folder, 24, (1, 4)), 4),
+        (lambda folder: run_edited(folder), 7),
+        (lambda folder: run_ranks(folder, (1, 2)), 3),
+        (lambda folder: run_folders(folder, 30, seed=3), 30),
     ],
-    ids=["refused", "together", "archives", "xml", "numbers", "repeats"],
+    ids=[
+        *("refused", "together", "archives", "numbers", "repeats"),
+        *("threads", "edited", "ranks", "folders"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_short_version_of_each(
@@ -77,10 +84,6 @@ def test_every_part_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr("benchmarks.torture.artefacts.ArtifactError", RefusedError)
         assert run_artefacts(tmp_path / "c", 0, flips=1, every=999).faults
     with monkeypatch.context() as patch:
-        patch.setattr("benchmarks.torture.hostile.DevkitError", RefusedError)
-        with pytest.raises(ValueError, match="annotation"):
-            run_xml(tmp_path / "d")
-    with monkeypatch.context() as patch:
         patch.setattr("benchmarks.torture.hostile.unpack", extract_all)
         assert run_archives(tmp_path / "e").faults
     with monkeypatch.context() as patch:
@@ -97,13 +100,13 @@ def extract_all(archives: list[Path], folder: Path) -> None:
 
 
 def test_the_command_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = CliRunner().invoke(main, ["--parts", "xml,archives", "--out", str(tmp_path)])
+    run = CliRunner().invoke(main, ["--parts", "folders,archives", "--out", str(tmp_path)])
     assert run.exit_code == 0, run.output
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["parts"]) == ["xml", "archives"]
+    assert list(results["parts"]) == ["folders", "archives"]
     assert to_markdown(results) == (tmp_path / "summary.md").read_text()
-    monkeypatch.setitem(PARTS, "xml", ("XML", lambda folder, seed: Outcome(1, ["wrong"])))
-    run = CliRunner().invoke(main, ["--parts", "xml", "--out", str(tmp_path)])
+    monkeypatch.setitem(PARTS, "folders", ("folders", lambda folder, seed: Outcome(1, ["wrong"])))
+    run = CliRunner().invoke(main, ["--parts", "folders", "--out", str(tmp_path)])
     assert run.exit_code == 1
     run = CliRunner().invoke(main, ["--parts", "all", "--out", str(tmp_path)])
     assert "got all, wanted some of killed" in run.output

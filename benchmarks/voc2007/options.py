@@ -9,7 +9,7 @@ from typing import Any
 
 from featxfer import PROTOCOLS, Degradation, Recipe
 from featxfer._checks import check_choice, check_integer
-from featxfer.features import SCALINGS
+from featxfer.scaling import SCALINGS
 from featxfer.forward import COMPILE, PRECISIONS
 from featxfer.head import ACTIVATIONS
 from featxfer.labels import ASSIGNMENTS, BACKENDS

@@ -94,7 +94,7 @@ def test_every_truncation_and_flip_is_one_error(head: FeatureTransferHead, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format=99), "not a head's card of format 2"),
+        (lambda c: c.update(format=99), "not a head's card of format 3"),
         (lambda c: c.pop("head"), "KeyError: 'head'"),
         (lambda c: c.update(kind="tail"), "KeyError: 'tail'"),
         (lambda c: c.pop("weights_sha256"), "are not those that card"),

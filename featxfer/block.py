@@ -19,10 +19,11 @@ class FeatureTransferBlock(TransferModule):
     """The idea of the feature transfer network where features are still maps (ours).
 
     `units` residual units, one after the other: `x - project(relu(expand(spatial(z) + z)))` with
-    `z = (x - input_mean) / input_std`, within +-`featxfer.hub.LARGEST_Z`. `spatial` is a depthwise convolution with a wide kernel,
-    `expand` and `project` are 1 x 1 convolutions to `hidden_channels` and back; `project` starts
-    at zero, so that an untrained block returns every finite input, bit for bit. Without `depthwise`
-    a unit is `x - project(relu(spatial(z)))` with a full convolution to `hidden_channels`.
+    `z = (x - input_mean) / input_std`, within +-`featxfer.hub.LARGEST_Z`. `spatial` is a depthwise
+    convolution with a wide kernel, `expand` and `project` are 1 x 1 convolutions to
+    `hidden_channels` and back; `project` starts at zero, so that an untrained block returns every
+    finite input, bit for bit. Without `depthwise` a unit is `x - project(relu(spatial(z)))` with a
+    full convolution to `hidden_channels`.
 
     Shapes: `(n, channels, h, w)`, or with layout "nhwc" `(n, h, w, channels)`, to the same, in the
     dtype of the input; the layers run in the dtype of their weights, `z` is computed in float32 or

@@ -95,9 +95,9 @@ def fit(
     head = FeatureTransferHead(
         lr_rows.shape[1], clusters, hidden, output="clusters", scaling=scaling, seed=seed
     )
-    scaled = [head.scale(part) for part in (hr_rows, lr_rows)]
-    clustering = kmeans(scaled[0], clusters, seed=seed)
-    diagnostics = diagnose(*scaled, clustering.centroids).summary()
+    hr_scaled, lr_scaled = head.scale(hr_rows), head.scale(lr_rows)
+    clustering = kmeans(hr_scaled, clusters, seed=seed)
+    diagnostics = diagnose(hr_scaled, lr_scaled, clustering.centroids).summary()
     click.echo(json.dumps(diagnostics, indent=1))
     head.set_input_statistics(lr_rows)
     log = fit_head(head, hr_rows, lr_rows, clustering, labels=labels, seed=seed)

@@ -19,8 +19,9 @@ T = TypeVar("T", bound="TransferModule")
 LARGEST_Z = 50.0
 """Standard deviations from the mean beyond which inputs count as so far away.
 
-Of a set of n features none is further than sqrt(n - 1); photographs' were within 27 of EfficientNet's
-at every stage. It keeps what later layers make of it within float16.
+Of n features none is further than sqrt(n - 1) from their mean; those of photographs were within 27
+at every stage of EfficientNet-Lite0, other data sets' too. What later layers make of it is within
+float16.
 """
 
 SMALLEST_SHARE = 1e-3
@@ -74,7 +75,7 @@ class TransferModule(nn.Module, PyTorchModelHubMixin):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransferModule:
         """What moves and converts modules; buffers are moved, and not made narrower."""
         buffers = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in buffers.items():
             after = self.get_buffer(name)
             if after.dtype.itemsize < before.dtype.itemsize:

@@ -121,4 +121,8 @@ def test_bad_maps_are_told_and_change_nothing() -> None:
     for bad in (MAPS[:0], MAPS / 0):
         with pytest.raises(ValueError, match="wanted n >= 1 finite ones"):
             block.set_input_statistics(bad)
+    with pytest.raises(ValueError, match=r"of values of at most 1e\+18"):
+        block.set_input_statistics(MAPS * 1e30)
+    with pytest.raises(ValueError, match=r"maps: got torch\.uint8, wanted a floating-point dtype"):
+        block(MAPS.to(torch.uint8))
     assert torch.equal(block.input_mean, torch.zeros(6, 1, 1))

@@ -39,7 +39,8 @@ class FeatureTransferBlock(TransferModule):
         seed: of the He initialisation. The global random state is neither read nor changed.
 
     Raises:
-        ValueError: a size below 1, an even `kernel_size`, an unknown layout.
+        ValueError: a size below 1, an even `kernel_size`, an unknown layout, a `depthwise` that is
+            no bool.
     """
 
     kind = "block"
@@ -62,9 +63,11 @@ class FeatureTransferBlock(TransferModule):
         check_integer("kernel_size", kernel_size, at_least=1)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: got {kernel_size}, wanted an odd one")
+        if not isinstance(depthwise, bool):
+            raise ValueError(f"depthwise: got {depthwise!r}, wanted True or False")
         check_choice("layout", layout, LAYOUTS)
         self.channels, self.hidden_channels = channels, hidden_channels
-        self.kernel_size, self.depthwise, self.layout = kernel_size, bool(depthwise), layout
+        self.kernel_size, self.depthwise, self.layout = kernel_size, depthwise, layout
         self.units = nn.ModuleList(
             _Unit(channels, hidden_channels, kernel_size, self.depthwise) for _ in range(units)
         )

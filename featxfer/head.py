@@ -146,8 +146,7 @@ class FeatureTransferHead(TransferModule):
 
     def hidden(self, features: Tensor) -> Tensor:
         """Activations between the layers: `(..., in_features) -> (..., hidden_features)`."""
-        rows = scale_rows(features.to(self.input_mean.dtype), self.scaling)
-        z = self._normalised(rows).to(self.fc1.weight.dtype)
+        z = self._normalised(scale_rows(features, self.scaling)).to(self.fc1.weight.dtype)
         hidden = ACTIVATIONS[self.activation](self.fc1(z))
         return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 

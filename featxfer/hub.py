@@ -57,9 +57,9 @@ class TransferModule(nn.Module, PyTorchModelHubMixin):
         raise NotImplementedError
 
     def _normalised(self, features: Tensor) -> Tensor:
-        """`(features - input_mean) / input_std` within +-`LARGEST_Z`, in the statistics' dtype."""
-        wide = features.to(self.input_mean.dtype)
-        return ((wide - self.input_mean) / self.input_std).clamp(-LARGEST_Z, LARGEST_Z)
+        """`(features - input_mean) / input_std` within +-`LARGEST_Z`, in float32 or wider."""
+        centred = features - self.input_mean  # the wider of the dtypes, and new memory
+        return centred.div_(self.input_std).clamp_(-LARGEST_Z, LARGEST_Z)
 
     def _keep_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Takes them as the input's; what does not vary gets the standard deviation 1.
@@ -104,15 +104,16 @@ class TransferModule(nn.Module, PyTorchModelHubMixin):
 
         Raises:
             ValueError: it has no card, so nothing says what it is for; a config of one's own.
-            TypeError: arguments of `push_to_hub` without it, or unknown ones.
+            TypeError: `repo_id` or arguments of `push_to_hub` without it, or unknown ones.
             DiskError: the disk refuses; what was saved there before is as it was.
         """
         from featxfer.artifact import save_head
 
         if config is not None or model_card_kwargs is not None:
             raise ValueError("config, model_card_kwargs: wanted None, the card says it all")
-        if push_to_hub_kwargs and not push_to_hub:
-            raise TypeError(f"got {sorted(push_to_hub_kwargs)} without push_to_hub=True")
+        without = [*push_to_hub_kwargs, *(["repo_id"] if repo_id is not None else [])]
+        if without and not push_to_hub:
+            raise TypeError(f"got {sorted(without)} without push_to_hub=True")
         if self.card is None:
             raise ValueError(
                 f"card: this {self.kind} has none; train it with fit_transfer, or set its `card`"
@@ -133,6 +134,7 @@ class TransferModule(nn.Module, PyTorchModelHubMixin):
             **download: arguments of `huggingface_hub.snapshot_download`: revision, token, ...
 
         Raises:
+            TypeError: arguments of the download with a folder.
             FileNotFoundError: no such folder, or the hub cannot be reached or has none of it.
             ArtifactError: damaged files, or one of another kind.
         """
@@ -164,6 +166,8 @@ def find_files(source: str | Path, **download: Any) -> Path:
     from featxfer.artifact import CARD, WEIGHTS
 
     if Path(source).is_dir():
+        if download:
+            raise TypeError(f"got {sorted(download)} with the folder {str(source)!r}")
         return Path(source)
     try:
         return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CARD], **download))

@@ -29,8 +29,12 @@ def scale_features(features: ArrayLike, scaling: str) -> Tensor:
 
 
 def scale_rows(rows: Tensor, scaling: str) -> Tensor:
-    """As `scale_features` in a network: `(..., d)`, with gradient; a row of zeros stays zeros."""
+    """As `scale_features` in a network: `(..., d)`, with gradient; a row of zeros stays zeros.
+
+    Scaled rows are float32 or wider: half precision has no room for their norms.
+    """
     if scaling == "none":
         return rows
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows / torch.where(norms > 0, norms, 1)

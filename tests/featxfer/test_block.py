@@ -103,6 +103,7 @@ def test_seeds_copies_and_pickles() -> None:
         ({"channels": 0}, "channels: got 0"),
         ({"hidden_channels": 0}, "hidden_channels: got 0"),
         ({"units": 0}, "units: got 0"),
+        ({"depthwise": "no"}, "depthwise: got 'no', wanted True or False"),
         ({"kernel_size": 4}, "kernel_size: got 4, wanted an odd one"),
         ({"layout": "chw"}, "layout: got 'chw', wanted one of 'nchw', 'nhwc'"),
     ],

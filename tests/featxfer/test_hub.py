@@ -102,6 +102,11 @@ def test_arguments_of_the_mixin_are_not_swallowed(
         head.save_pretrained(tmp_path, config={"a": 1})
     with pytest.raises(TypeError, match=r"got \['private'\] without push_to_hub=True"):
         head.save_pretrained(tmp_path, private=True)
+    with pytest.raises(TypeError, match=r"got \['repo_id'\] without push_to_hub=True"):
+        head.save_pretrained(tmp_path, repo_id="me/head")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TypeError, match=r"got \['revision'\] with the folder"):
+        FeatureTransferHead.from_pretrained(tmp_path, revision="v1")
 
 
 def test_push_to_hub_uploads_the_three_files(

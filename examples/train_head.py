@@ -19,7 +19,6 @@ from featxfer import (
     kmeans,
     open_images,
     save_head,
-    scale_features,
 )
 from featxfer_integrations import load_backbone
 
@@ -35,20 +34,20 @@ def main(images: Path, out: Path, backbone: str, weights: str, clusters: int, ca
     """Images to features, features to pseudo-labels, pseudo-labels to a head on disk."""
     frozen, degradation = load_backbone(backbone, weights), Degradation(lr_size=32)
     features = extract_features(frozen, open_images(images), degradation, cache)
-    hr, lr = scale_features(features.hr, "l2"), scale_features(features.lr, "l2")
+    hr, lr = features.hr, features.lr
 
-    clustering = kmeans(hr, clusters, seed=0)
-    agreement = diagnose(hr, lr, clustering.centroids).agreement
+    head = FeatureTransferHead(lr.shape[1], clusters, output="clusters", scaling="l2", seed=0)
+    clustering = kmeans(head.scale(hr), clusters, seed=0)
+    agreement = diagnose(head.scale(hr), head.scale(lr), clustering.centroids).agreement
     print(f"nearest and paired labels agree for {agreement:.0%} of {len(lr)} images")
 
-    head = FeatureTransferHead(lr.shape[1], clusters, output="clusters", seed=0)
     head.set_input_statistics(lr)
     log = fit_head(head, hr, lr, clustering, labels="nearest", seed=0)
     print(
         f"loss {log[0].loss:.2f} -> {log[-1].loss:.2f}, labels {log[-1].label_accuracy:.0%} right"
     )
 
-    details = {"scaling": "l2", "labels": "nearest", "seed": 0, "agreement": agreement}
+    details = {"labels": "nearest", "seed": 0, "agreement": agreement}
     save_head(head, out, Card(frozen.name, frozen.weights_sha256, (degradation,), details))
     head = FeatureTransferHead.from_pretrained(out)
     print(f"{out}: {tuple(head.transfer(lr).shape)} features")

@@ -4,7 +4,7 @@ from featxfer.artifact import ArtifactError, Card, load_head, save_head
 from featxfer.backbone import Backbone, Preprocessing
 from featxfer.block import FeatureTransferBlock
 from featxfer.degrade import BaseDegradation, Degradation, ScaledDegradation
-from featxfer.features import Features, extract_features, fill_stores, scale_features
+from featxfer.features import Features, extract_features, fill_stores
 from featxfer.head import FeatureTransferHead
 from featxfer.images import ImageError, Images, open_images
 from featxfer.labels import (
@@ -27,6 +27,7 @@ from featxfer.objectives import (
     make_objective,
 )
 from featxfer.pairs import PairAgreement, compare_pairs
+from featxfer.scaling import scale_features
 from featxfer.store import FeatureStore, StoreError
 from featxfer.svm import PROTOCOLS, LinearSVMs, Protocol, average_precisions, train_svms
 from featxfer.trainer import (

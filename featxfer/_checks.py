@@ -18,9 +18,11 @@ LARGEST_NORM = 1e18
 
 
 def as_features(name: str, value: ArrayLike, *, width: int | None = None) -> Tensor:
-    """Returns `value` as a finite, contiguous float32 tensor `(n, d)` without gradient.
+    """Returns `value` as a finite, contiguous float32 tensor `(n, d)` on the CPU without gradient.
 
-    Shares memory with `value` where it already is one that may be written to. Raises `TypeError`
+    Rows come from any device and any mixture of them: what is computed of rows alone is computed on
+    the CPU, and what runs in a module goes to the module's device. Shares memory with `value` where
+    it already is one that may be written to. Raises `TypeError`
     for what is no array, and `ValueError` for a wrong number of dimensions, no rows, another width
     than `width`, or a row with NaN, infinity or a norm above `LARGEST_NORM` (the first such row is
     named).
@@ -40,7 +42,7 @@ def as_features(name: str, value: ArrayLike, *, width: int | None = None) -> Ten
         )
     if width is not None and value.shape[1] != width:
         raise ValueError(f"{name}: got width {value.shape[1]}, wanted {width}")
-    features = value.detach().to(torch.float32).contiguous()
+    features = value.detach().to("cpu", torch.float32).contiguous()
     norms = torch.linalg.vector_norm(features, dim=1)
     bad = ~(norms <= LARGEST_NORM)
     if bad.any():
@@ -75,6 +77,12 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raises `ValueError` unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, choices))}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Raises `ValueError` for integers, which a result in their dtype would be cut to."""
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: got {value.dtype}, wanted a floating-point dtype")
 
 
 def check_integer(name: str, value: object, *, at_least: int) -> None:

@@ -21,11 +21,12 @@ from featxfer.degrade import BaseDegradation
 from featxfer.head import FeatureTransferHead
 from featxfer.hub import TransferModule
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, CARD, README = "head.safetensors", "card.json", "README.md"
 KINDS: Mapping[str, type[TransferModule]] = {
     cls.kind: cls for cls in (FeatureTransferHead, FeatureTransferBlock)
 }
+_BUFFER_DTYPES = {torch.float32, torch.float64}
 _CARD_LIMIT = 1 << 20
 _HEADER_LIMIT = 1 << 16
 
@@ -243,10 +244,12 @@ def _fill(module: TransferModule, tensors: Mapping[str, Tensor]) -> None:
         for name in wanted
         if name in got and got[name] != wanted[name]
     ]
-    if len({value.dtype for value in tensors.values()}) > 1 or not all(
-        value.is_floating_point() for value in tensors.values()
-    ):
-        faults.append("tensors of several dtypes, or of one that is no floating point")
+    buffers = {name for name, _ in module.named_buffers()}
+    dtypes = {value.dtype for name, value in tensors.items() if name not in buffers}
+    if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
+        faults.append("weights of several dtypes, or of one that is no floating point")
+    if not {tensors[name].dtype for name in buffers & tensors.keys()} <= _BUFFER_DTYPES:
+        faults.append("statistics or centroids that are neither float32 nor float64")
     if faults:
         raise ValueError("; ".join(faults))
     module.load_state_dict(dict(tensors), assign=True)

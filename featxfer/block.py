@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featxfer._checks import check_choice, check_integer
-from featxfer.hub import TransferModule
+from featxfer._checks import LARGEST_NORM, check_choice, check_floating, check_integer
+from featxfer.hub import TransferModule, he_initialise
 
 LAYOUTS = ("nchw", "nhwc")
 
@@ -19,13 +19,15 @@ class FeatureTransferBlock(TransferModule):
     """The idea of the feature transfer network where features are still maps (ours).
 
     `units` residual units, one after the other: `x - project(relu(expand(spatial(z) + z)))` with
-    `z = (x - input_mean) / input_std`. `spatial` is a depthwise convolution with a wide kernel,
-    `expand` and `project` are 1 x 1 convolutions to `hidden_channels` and back; `project` starts
-    at zero, so that an untrained block returns its input, bit for bit. Without `depthwise` a unit
-    is `x - project(relu(spatial(z)))` with a full convolution to `hidden_channels`.
+    `z = (x - input_mean) / input_std`, within +-`featxfer.hub.LARGEST_Z`. `spatial` is a depthwise
+    convolution with a wide kernel, `expand` and `project` are 1 x 1 convolutions to
+    `hidden_channels` and back; `project` starts at zero, so that an untrained block returns every
+    finite input, bit for bit. Without `depthwise` a unit is `x - project(relu(spatial(z)))` with a
+    full convolution to `hidden_channels`.
 
     Shapes: `(n, channels, h, w)`, or with layout "nhwc" `(n, h, w, channels)`, to the same, in the
-    dtype of the input; the layers run in the dtype of their weights.
+    dtype of the input; the layers run in the dtype of their weights, `z` is computed in float32 or
+    wider.
 
     Args:
         channels: of the stage that it follows.
@@ -37,7 +39,8 @@ class FeatureTransferBlock(TransferModule):
         seed: of the He initialisation. The global random state is neither read nor changed.
 
     Raises:
-        ValueError: a size below 1, an even `kernel_size`, an unknown layout.
+        ValueError: a size below 1, an even `kernel_size`, an unknown layout, a `depthwise` that is
+            no bool.
     """
 
     kind = "block"
@@ -60,14 +63,17 @@ class FeatureTransferBlock(TransferModule):
         check_integer("kernel_size", kernel_size, at_least=1)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: got {kernel_size}, wanted an odd one")
+        if not isinstance(depthwise, bool):
+            raise ValueError(f"depthwise: got {depthwise!r}, wanted True or False")
         check_choice("layout", layout, LAYOUTS)
         self.channels, self.hidden_channels = channels, hidden_channels
-        self.kernel_size, self.depthwise, self.layout = kernel_size, bool(depthwise), layout
+        self.kernel_size, self.depthwise, self.layout = kernel_size, depthwise, layout
         self.units = nn.ModuleList(
             _Unit(channels, hidden_channels, kernel_size, self.depthwise) for _ in range(units)
         )
-        self.register_buffer("input_mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("input_std", torch.ones(channels, 1, 1))
+        wide = torch.float32
+        self.register_buffer("input_mean", torch.zeros(channels, 1, 1, dtype=wide))
+        self.register_buffer("input_std", torch.ones(channels, 1, 1, dtype=wide))
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int = 0) -> None:
@@ -77,9 +83,7 @@ class FeatureTransferBlock(TransferModule):
             assert isinstance(unit, _Unit)
             for layer in unit.children():
                 assert isinstance(layer, nn.Conv2d)
-                if not layer.weight.is_meta:
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+                he_initialise(layer, generator)
             nn.init.zeros_(unit.project.weight)
 
     @property
@@ -105,11 +109,11 @@ class FeatureTransferBlock(TransferModule):
         return weights * height * width
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Transferred maps, see the class; `ValueError` for another shape."""
+        """Transferred maps, see the class; `ValueError` for another shape or integers."""
+        check_floating("maps", maps)
         planes = self._planes(maps)
         for unit in self.units:
-            z = (planes.to(self.input_mean.dtype) - self.input_mean) / self.input_std
-            planes = planes - unit(z).to(maps.dtype)
+            planes = planes - unit(self._normalised(planes)).to(maps.dtype)
         return planes if self.layout == "nchw" else planes.movedim(1, -1)
 
     def _planes(self, maps: Tensor) -> Tensor:
@@ -124,12 +128,16 @@ class FeatureTransferBlock(TransferModule):
     def set_input_statistics(self, maps: Tensor) -> None:
         """Takes mean and standard deviation a channel from `maps`, in the block's layout.
 
-        A channel that does not vary gets the standard deviation 1. Raises `ValueError` for another
-        shape, NaN or infinity; the block is then unchanged.
+        A channel that does not vary gets the standard deviation 1, one that hardly varies
+        `featxfer.hub.SMALLEST_SHARE` of the median. Raises `ValueError` for another shape, NaN,
+        infinity or a value above `LARGEST_NORM`; the block is then unchanged.
         """
         planes = self._planes(maps).float()
-        if not (planes.numel() and torch.isfinite(planes).all()):
-            raise ValueError(f"maps: got {tuple(maps.shape)}, wanted n >= 1 finite ones")
+        if not (planes.numel() and (planes.abs() <= LARGEST_NORM).all()):
+            raise ValueError(
+                f"maps: got {tuple(maps.shape)}, wanted n >= 1 finite ones, of values of at most "
+                f"{LARGEST_NORM:g}"
+            )
         std, mean = torch.std_mean(planes, dim=(0, 2, 3), correction=0, keepdim=True)
         self._keep_statistics(mean[0], std[0])
 
@@ -150,6 +158,7 @@ class _Unit(nn.Module):
         self.depthwise = depthwise
 
     def forward(self, z: Tensor) -> Tensor:
+        z = z.to(self.project.weight.dtype)
         hidden = self.expand(self.spatial(z) + z) if self.depthwise else self.spatial(z)
         subtracted: Tensor = self.project(F.relu(hidden))
         return subtracted

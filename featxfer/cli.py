@@ -63,7 +63,7 @@ def env() -> None:
 @click.option("--clusters", default=100, help="k, the paper's N2.")
 @click.option("--hidden", default=4096, help="The paper's N1.")
 @click.option("--labels", default="nearest", help="nearest (the paper) or paired.")
-@click.option("--scaling", default="l2", help="Before k-means and network: none, l2.")
+@click.option("--scaling", default="l2", help="Before k-means and in the network: none, l2.")
 @click.option("--seed", default=0)
 def fit(
     hr: Path, lr: Path, out: Path, clusters: int, hidden: int, labels: str, scaling: str, seed: int
@@ -79,25 +79,29 @@ def fit(
         fit_head,
         kmeans,
         save_head,
-        scale_features,
     )
+    from featxfer._checks import check_choice
     from featxfer.features import shared_degradation
+    from featxfer.labels import ASSIGNMENTS
     from featxfer.store import align
 
+    check_choice("labels", labels, ASSIGNMENTS)
     stores = [FeatureStore.open(folder) for folder in (hr, lr)]
     degradation = shared_degradation(*(store.manifest for store in stores))
     rows = [store.read() for store in stores]
     align(rows)
     manifest = stores[1].manifest
-    hr_rows, lr_rows = (scale_features(part.features, scaling) for part in rows)
-    clustering = kmeans(hr_rows, clusters, seed=seed)
-    diagnostics = diagnose(hr_rows, lr_rows, clustering.centroids).summary()
+    hr_rows, lr_rows = (part.features for part in rows)
+    head = FeatureTransferHead(
+        lr_rows.shape[1], clusters, hidden, output="clusters", scaling=scaling, seed=seed
+    )
+    hr_scaled, lr_scaled = head.scale(hr_rows), head.scale(lr_rows)
+    clustering = kmeans(hr_scaled, clusters, seed=seed)
+    diagnostics = diagnose(hr_scaled, lr_scaled, clustering.centroids).summary()
     click.echo(json.dumps(diagnostics, indent=1))
-    head = FeatureTransferHead(lr_rows.shape[1], clusters, hidden, output="clusters", seed=seed)
     head.set_input_statistics(lr_rows)
     log = fit_head(head, hr_rows, lr_rows, clustering, labels=labels, seed=seed)
     details = {
-        "scaling": scaling,
         "labels": labels,
         "seed": seed,
         "images": len(lr_rows),

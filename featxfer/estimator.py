@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from featxfer._checks import check_integer
 from featxfer.head import FeatureTransferHead
-from featxfer.labels import Clustering, kmeans
+from featxfer.labels import Clustering, count_distinct, kmeans
 from featxfer.trainer import Recipe, fit_features_head
 
 Rows = npt.NDArray[np.float32]
@@ -47,8 +48,8 @@ class FeatureTransfer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         hidden_features: width of the hidden layer, >= 1.
         recipe: how it is trained; by default `featxfer.FEATURES_RECIPE`.
         random_state: of the clusters, the initial weights and the order of the rows: an int, a
-            `RandomState`, or None for another result each time. Torch's global random state is
-            neither read nor changed.
+            `RandomState`, or None for another result each time. No global random state is read or
+            changed, NumPy's for None neither.
 
     Attributes:
         head_: the trained `FeatureTransferHead`, in eval mode; it can be saved and attached.
@@ -93,7 +94,8 @@ class FeatureTransfer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """
         clusters = _as_integer("n_clusters", self.n_clusters)
         hidden = _as_integer("hidden_features", self.hidden_features)
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        state = np.random.RandomState() if self.random_state is None else self.random_state
+        seed = int(check_random_state(state).randint(2**31 - 1))
         X, X_hr = _as_array(X), None if X_hr is None else _as_array(X_hr)
         lr = validate_data(self, X, dtype=np.float32, force_writeable=True, ensure_min_samples=2)
         hr = lr if X_hr is None else _as_paired(X_hr, lr.shape)
@@ -160,7 +162,7 @@ def _directions(rows: Rows) -> Rows:
     """Rows divided by their L2 norm, without those of zeros, which have no direction."""
     wide = rows[rows.any(axis=1)].astype(np.float64)
     unit: Rows = (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float32)
-    return unit + np.float32(0)  # -0.0 becomes 0.0: the two have one direction, but other bytes
+    return unit
 
 
 def _cluster(directions: Rows, n_clusters: int, seed: int) -> Clustering:
@@ -169,8 +171,8 @@ def _cluster(directions: Rows, n_clusters: int, seed: int) -> Clustering:
     Opposite rows may cancel out. Such a centroid has no direction, and all rows are equally near:
     the first row takes its place.
     """
-    distinct = len({row.tobytes() for row in directions})
-    clustering = kmeans(directions, min(n_clusters, distinct), seed=seed)
+    distinct = count_distinct(torch.from_numpy(directions), n_clusters)
+    clustering = kmeans(directions, distinct, seed=seed)
     centroids = clustering.centroids.clone()
     centroids[~centroids.any(dim=1)] = centroids.new_tensor(directions[0])
     return dataclasses.replace(clustering, centroids=centroids)

@@ -19,14 +19,12 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from tqdm import tqdm
 
-from featxfer._checks import ArrayLike, as_features, check_choice, check_integer
+from featxfer._checks import check_choice, check_integer
 from featxfer.backbone import Backbone
 from featxfer.degrade import BaseDegradation, Degradation
 from featxfer.forward import Arithmetic, Forward, device_of
 from featxfer.images import ImageError, Images
 from featxfer.store import FeatureStore, Manifest, Rows, align
-
-SCALINGS = ("none", "l2")
 
 _MOST_READERS = 16
 """Threads that read images."""
@@ -178,23 +176,6 @@ def fill_stores(
     forward = Forward(backbone, arithmetic, batch_size)
     _fill(stores, parts, forward, images, degradation, on_error)
     return stores
-
-
-def scale_features(features: ArrayLike, scaling: str) -> Tensor:
-    """Rows as they come ("none") or divided by their L2 norm ("l2"): float32 `(n, d)`.
-
-    The paper does not state any scaling before k-means and the network. Raises `ValueError` for
-    another `scaling`, NaN or infinity, and under "l2" for a row of zeros.
-    """
-    check_choice("scaling", scaling, SCALINGS)
-    rows = as_features("features", features)
-    if scaling == "none":
-        return rows
-    norms = rows.norm(dim=1, keepdim=True)
-    if not norms.all():
-        raise ValueError(f"features: row {int(norms.argmin())} is zero, wanted an L2 norm above 0")
-    scaled: Tensor = rows / norms
-    return scaled
 
 
 def shared_degradation(hr: Manifest, lr: Manifest) -> BaseDegradation:

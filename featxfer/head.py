@@ -10,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featxfer._checks import ArrayLike, as_features, check_choice, check_integer
-from featxfer.hub import TransferModule
+from featxfer._checks import (
+    ArrayLike,
+    as_features,
+    check_choice,
+    check_floating,
+    check_integer,
+)
+from featxfer.hub import TransferModule, he_initialise
+from featxfer.scaling import SCALINGS, scale_features, scale_rows
 
 OUTPUTS = ("features", "clusters")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -31,18 +38,18 @@ class FeatureTransferHead(TransferModule):
 
     The paper gives two fully connected layers, their sizes and MSRA (He) initialisation; it states
     neither the activation between them nor any normalisation: ReLU and the statistics of the
-    input, kept as buffers, are ours. With `hidden = activation(fc1((x - input_mean) / input_std))`
-    the output is
+    input, kept as buffers, are ours. With `hidden = activation(fc1(z))` and `z = (x - input_mean) /
+    input_std`, within +-`featxfer.hub.LARGEST_Z`, the output is
 
     - "features" (ours): `x - fc2(hidden)`, in the feature space of the backbone. `fc2` starts at
-      zero and learns what low resolution added to the feature, so an untrained head returns its
-      input bit for bit (a zero that is subtracted, not added, keeps even the sign of zeros).
+      zero and learns what low resolution added to the feature, so an untrained head returns every
+      finite input bit for bit (a zero that is subtracted, not added, keeps even the sign of zeros).
     - "clusters" (the paper): `fc2(hidden)`, k cluster logits; `fc2` starts as He initialisation.
 
     Shapes: vectors `(..., in_features) -> (..., out_features)`; feature maps `(n, in_features, h,
     w) -> (n, out_features, h, w)`, position by position. A 4-D input whose second dimension is
     `in_features` is a map. The output has the dtype of the input; the layers run in the dtype of
-    their weights.
+    their weights; the scaling and `z` are computed in float32 or wider.
 
     Args:
         in_features: width d of the backbone's feature.
@@ -53,10 +60,13 @@ class FeatureTransferHead(TransferModule):
         activation: between the layers: "relu", "gelu" or "identity".
         dropout: share of the hidden activations that training drops, in [0, 1); by default 0.5
             for "features", 0 for "clusters".
+        scaling: of each feature before all else, "none" or "l2" (see `scale_features`; a feature of
+            zeros stays zeros). "l2" is for "clusters": "features" are in the space of the input.
         seed: of the initialisation. The global random state is neither read nor changed.
 
     Raises:
-        ValueError: a size below 1, an unknown output or activation, a dropout outside [0, 1).
+        ValueError: a size below 1, an unknown output, activation or scaling, a dropout outside
+            [0, 1), scaling "l2" with output "features".
     """
 
     kind = "head"
@@ -71,6 +81,7 @@ class FeatureTransferHead(TransferModule):
         output: str = "features",
         activation: str = "relu",
         dropout: float | None = None,
+        scaling: str = "none",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -85,26 +96,28 @@ class FeatureTransferHead(TransferModule):
         check_choice("activation", activation, ACTIVATIONS)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: got {dropout!r}, wanted a share in [0, 1)")
+        check_choice("scaling", scaling, SCALINGS)
+        if output == "features" and scaling != "none":
+            raise ValueError(f"scaling: got {scaling!r}, wanted 'none' with output 'features'")
         self.output = output
         self.activation = activation
         self.dropout = float(dropout)
+        self.scaling = scaling
         out_features = in_features if output == "features" else clusters
         make: Any = partial(nn.utils.skip_init, nn.Linear, device=torch.get_default_device())
         self.fc1 = make(in_features, hidden_features)
         self.fc2 = make(hidden_features, out_features)
-        self.register_buffer("input_mean", torch.zeros(in_features))
-        self.register_buffer("input_std", torch.ones(in_features))
-        self.register_buffer("centroids", torch.zeros(clusters, in_features))
+        wide = torch.float32
+        self.register_buffer("input_mean", torch.zeros(in_features, dtype=wide))
+        self.register_buffer("input_std", torch.ones(in_features, dtype=wide))
+        self.register_buffer("centroids", torch.zeros(clusters, in_features, dtype=wide))
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int = 0) -> None:
         """The initial weights: He initialisation, from a generator of its own; zero biases."""
         generator = torch.Generator().manual_seed(seed)
         for layer in (self.fc1, self.fc2):
-            if layer.weight.is_meta:
-                continue
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-            nn.init.zeros_(layer.bias)
+            he_initialise(layer, generator)
         if self.output == "features":
             nn.init.zeros_(self.fc2.weight)
 
@@ -128,18 +141,19 @@ class FeatureTransferHead(TransferModule):
             "output": self.output,
             "activation": self.activation,
             "dropout": self.dropout,
+            "scaling": self.scaling,
         }
 
     def hidden(self, features: Tensor) -> Tensor:
         """Activations between the layers: `(..., in_features) -> (..., hidden_features)`."""
-        rows = features.to(self.fc1.weight.dtype)
-        activate = ACTIVATIONS[self.activation]
-        hidden = activate(self.fc1((rows - self.input_mean) / self.input_std))
+        z = self._normalised(scale_rows(features, self.scaling)).to(self.fc1.weight.dtype)
+        hidden = ACTIVATIONS[self.activation](self.fc1(z))
         return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
     def forward(self, features: Tensor) -> Tensor:
-        """Transferred features, see the class; `ValueError` for another width."""
+        """Transferred features, see the class; `ValueError` for another width or integers."""
         d = self.in_features
+        check_floating("features", features)
         is_map = features.ndim == 4 and features.shape[1] == d
         if not is_map and (features.ndim == 0 or features.shape[-1] != d):
             raise ValueError(
@@ -151,24 +165,43 @@ class FeatureTransferHead(TransferModule):
             second = second.movedim(-1, 1)
         return second if self.output == "clusters" else features - second
 
+    def scale(self, features: ArrayLike) -> Tensor:
+        """Rows `(n, in_features)` scaled as the head does it, which k-means wants: float32.
+
+        Raises `ValueError` for another width, and as `scale_features`.
+        """
+        rows = as_features("features", features, width=self.in_features)
+        return scale_features(rows, self.scaling)
+
     @torch.no_grad()
     def set_input_statistics(self, features: ArrayLike) -> None:
         """Takes mean and standard deviation a dimension from `features`, `(n, in_features)`.
 
-        A dimension that does not vary (and any, for n = 1) gets the standard deviation 1. Raises
-        `ValueError` for another width, NaN or infinity; the head is then unchanged.
+        They are those of the scaled rows. A dimension that does not vary (and any, for n = 1) gets
+        the standard deviation 1, one that hardly varies `featxfer.hub.SMALLEST_SHARE` of the
+        median. Raises `ValueError` as `scale` does; the head is then unchanged.
         """
-        rows = as_features("features", features, width=self.in_features)
+        rows = self.scale(features)
         std, mean = torch.std_mean(rows, dim=0, correction=0)
         self._keep_statistics(mean, std)
 
     @torch.no_grad()
     def set_centroids(self, centroids: ArrayLike) -> None:
-        """Keeps the HR centroids `(clusters, in_features)` that it was trained towards."""
+        """Keeps the HR centroids `(clusters, in_features)` that it was trained towards.
+
+        Raises `ValueError` for other shapes, NaN or infinity, and under scaling "l2" for what
+        cannot be a mean of rows of length 1: the rows that were clustered were not scaled.
+        """
         rows = as_features("centroids", centroids, width=self.in_features)
         if len(rows) != len(self.centroids):
             raise ValueError(
                 f"centroids: got {len(rows)}, wanted {len(self.centroids)}, the head's clusters"
+            )
+        longest = float(rows.norm(dim=1).max())
+        if self.scaling == "l2" and longest > 1.001:
+            raise ValueError(
+                f"centroids: got one of length {longest:g}, wanted those of rows that were scaled "
+                "to length 1 (`head.scale`)"
             )
         self.centroids.copy_(rows)
 
@@ -183,12 +216,13 @@ class FeatureTransferHead(TransferModule):
         Args:
             features: `(n, in_features)`.
             layer: "output", or "hidden" for the `hidden_features` activations.
-            batch_size: rows at a time.
+            batch_size: rows at a time, >= 1.
 
         Raises:
             ValueError: another width, NaN or infinity, an unknown layer.
         """
         check_choice("layer", layer, ("output", "hidden"))
+        check_integer("batch_size", batch_size, at_least=1)
         rows = as_features("features", features, width=self.in_features)
         run = self.forward if layer == "output" else self.hidden
         device, training = self.fc1.weight.device, self.training

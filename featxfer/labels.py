@@ -71,7 +71,7 @@ def kmeans(
         raise ValueError(
             f"k: got {k} clusters for {len(rows)} features, wanted at most {len(rows)}"
         )
-    distinct = len({row.tobytes() for row in rows.numpy()})
+    distinct = count_distinct(rows, k)
     if distinct < k:
         raise ValueError(
             f"features: collapsed, only {distinct} distinct rows of {len(rows)}, "
@@ -81,6 +81,16 @@ def kmeans(
     centroids = torch.from_numpy(run(rows.numpy(), k, seed, iterations, redo))
     inertia = float((rows - centroids[assign(rows, centroids)]).square().sum(1).mean())
     return Clustering(centroids, inertia, seed, backend)
+
+
+def count_distinct(rows: Tensor, most: int) -> int:
+    """Number of distinct rows; counting ends at `most`. -0.0 is 0.0."""
+    seen: set[bytes] = set()
+    for row in rows.numpy():
+        seen.add((row + np.float32(0)).tobytes())
+        if len(seen) == most:
+            break
+    return len(seen)
 
 
 def centroid_scores(features: ArrayLike, centroids: ArrayLike) -> Tensor:

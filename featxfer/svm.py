@@ -6,6 +6,8 @@ scaling; the protocols here are other works' and ours.
 
 from __future__ import annotations
 
+import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from featxfer._checks import ArrayLike, as_features, check_choice
+from featxfer._checks import ArrayLike, as_features, check_choice, check_integer
 from featxfer.batched_svm import SingularBasis, solve
 from featxfer.metrics import average_precision
 
@@ -28,6 +30,8 @@ Trained: TypeAlias = tuple[Matrix, float, float, int, int]
 """Of one class: weights, intercept, the chosen C, fits that did not converge, all fits."""
 
 _NORM_FLOOR = 1e-5
+_LIBLINEAR = threading.Lock()
+"""Held while LIBLINEAR runs, which draws from one random state a process."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,9 @@ class Protocol:
         difficult: what a training image with only difficult instances of the class is: "negative",
             or "ignored". At test it is always ignored.
         max_iter: of LIBLINEAR's dual coordinate descent.
+
+    Raises:
+        ValueError: a value outside of these.
     """
 
     name: str
@@ -53,6 +60,15 @@ class Protocol:
     positive_weight: float = 2.0
     difficult: str = "negative"
     max_iter: int = 2000
+
+    def __post_init__(self) -> None:
+        check_choice("difficult", self.difficult, ("negative", "ignored"))
+        check_integer("folds", self.folds, at_least=2)
+        check_integer("max_iter", self.max_iter, at_least=1)
+        if not self.costs or not all(0 < cost < math.inf for cost in self.costs):
+            raise ValueError(f"costs: got {self.costs}, wanted at least one value of C > 0")
+        if not 0 < self.positive_weight < math.inf:
+            raise ValueError(f"positive_weight: got {self.positive_weight!r}, wanted > 0")
 
 
 PROTOCOLS = MappingProxyType(
@@ -111,7 +127,10 @@ class LinearSVMs:
                 rounding; a float32 module is some 1e-7 off, which `.double()` does not undo.
         """
         classes, features = self.coef.shape
-        module = SVMClassifier(features, classes, normalize=self.protocol.normalize, dtype=dtype)
+        with torch.device("cpu"):
+            module = SVMClassifier(
+                features, classes, normalize=self.protocol.normalize, dtype=dtype
+            )
         weights = {"linear.weight": self.coef, "linear.bias": self.intercept}
         module.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
         return module
@@ -141,7 +160,10 @@ class SVMClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = normalize
-        self.linear = nn.utils.skip_init(nn.Linear, in_features, classes, dtype=dtype)
+        device = torch.get_default_device()
+        self.linear = nn.utils.skip_init(
+            nn.Linear, in_features, classes, device=device, dtype=dtype
+        )
         for parameter in self.linear.parameters():
             nn.init.zeros_(parameter)
 
@@ -164,8 +186,8 @@ def train_svms(
     protocol: Protocol,
     *,
     solver: str = "liblinear",
-    seed: int = 0,
-    jobs: int = 1,
+    seed: int | None = None,
+    jobs: int | None = None,
     callback: Callable[[int], object] | None = None,
 ) -> LinearSVMs:
     """Trains one linear SVM a class: squared hinge, the intercept regularised with the weights.
@@ -175,25 +197,31 @@ def train_svms(
         labels: `(n, classes)` in {1, 0, -1}; 0: only difficult instances.
         protocol: see `PROTOCOLS`.
         solver: "liblinear", scikit-learn's `LinearSVC` (the reference), or "batched", all classes
-            at once in torch: the same minimum, much sooner. `seed`, `jobs` and the protocol's
-            `max_iter` are LIBLINEAR's alone.
-        seed: of LIBLINEAR's coordinate order.
-        jobs: classes at a time, each in a process of its own: LIBLINEAR's random state is one a
-            process, so threads would change each other's results.
+            at once in torch: the same minimum, much sooner. The protocol's `max_iter` is
+            LIBLINEAR's alone, as are `seed` and `jobs`, which are refused with it.
+        seed: of LIBLINEAR's coordinate order; by default 0.
+        jobs: classes at a time, each in a process of its own, by default 1. LIBLINEAR's random
+            state is one a process: threads wait for each other, so that none changes another's
+            results.
         callback: called with the class index when a class is done, in order.
 
     Raises:
         ValueError: other shapes, NaN or infinity (the row is named), a class with fewer positive
-            or negative rows than folds, an unknown solver.
+            or negative rows than folds, an unknown solver, `seed` or `jobs` with "batched".
     """
     check_choice("solver", solver, SOLVERS)
+    for name, value in (("seed", seed), ("jobs", jobs)):
+        if value is not None and solver == "batched":
+            raise ValueError(f"{name}: got {value!r}, which solver 'batched' has no use for")
     rows = as_features("features", features)
     if labels.ndim != 2 or len(labels) != len(rows):
         raise ValueError(
             f"labels: got shape {labels.shape}, wanted ({len(rows)}, classes), a row a feature"
         )
     check_classes(labels, protocol)
-    train = _train_batched if solver == "batched" else partial(_train_liblinear, seed, jobs)
+    train = _train_batched
+    if solver == "liblinear":
+        train = partial(_train_liblinear, seed or 0, 1 if jobs is None else jobs)
     trained = []
     for result in train(_scale(rows, protocol), labels, protocol):
         trained.append(result)
@@ -245,9 +273,9 @@ def _choose_costs(
 ) -> tuple[Tensor, Tensor]:
     """Of each class the C with the highest mean AP over the folds; fits that did not converge."""
     classes, costs = labels.shape[1], sorted(protocol.costs)
-    unconverged = torch.zeros(classes, dtype=torch.int64)
+    unconverged = torch.zeros(classes, dtype=torch.int64, device=signs.device)
     if len(costs) == 1:
-        return torch.tensor(costs, dtype=torch.float64).expand(classes), unconverged
+        return signs.new_tensor(costs).expand(classes), unconverged
     held_out = [rows for c in range(classes) for rows in _held_out(labels[:, c], protocol)]
     y, inside = (part.float().repeat_interleave(protocol.folds, 1) for part in (signs, weights))
     for column, rows in enumerate(held_out):
@@ -263,7 +291,7 @@ def _choose_costs(
             scores[i, column] = average_precision(decisions[rows, column], truth, "step")
     means = scores.reshape(len(costs), classes, protocol.folds).mean(2)
     chosen = [costs[i] for i in means.argmax(0)]
-    return torch.tensor(chosen, dtype=torch.float64), unconverged
+    return signs.new_tensor(chosen), unconverged
 
 
 def _held_out(
@@ -381,7 +409,7 @@ def _fit(
         max_iter=protocol.max_iter,
         random_state=seed,
     )
-    with warnings.catch_warnings():
+    with _LIBLINEAR, warnings.catch_warnings():
         # Counted instead: LinearSVMs.unconverged.
         warnings.filterwarnings("ignore", message="Liblinear failed to converge")
         model.fit(rows, targets)

@@ -500,9 +500,9 @@ def fit_head(
 
     Args:
         head: output "clusters", k of them; its input statistics are as the caller set them.
-        hr: HR features `(n, d)`, scaled as those that were clustered.
-        lr: LR features `(n, d)` of the same images, scaled alike.
-        clustering: of the HR features, k clusters.
+        hr: HR features `(n, d)`, as they come: the head scales them (`FeatureTransferHead.scale`).
+        lr: LR features `(n, d)` of the same images, as they come.
+        clustering: of the HR features as the head scales them, k clusters.
         labels: "nearest" (the paper) or "paired", see `pseudo_labels`.
         recipe: see `Recipe`.
         seed: of the order of the rows.
@@ -513,7 +513,9 @@ def fit_head(
         ValueError, DivergenceError: as `pseudo_labels` and `PseudoLabelTrainer.fit`.
     """
     check_choice("head's output", head.output, ("clusters",))
-    targets = pseudo_labels(hr, lr, clustering.centroids, labels)
+    hr, lr = (as_features(name, rows) for name, rows in (("hr", hr), ("lr", lr)))
+    check_paired(hr, lr)
+    targets = pseudo_labels(head.scale(hr), head.scale(lr), clustering.centroids, labels)
     head.set_centroids(clustering.centroids)
     trainer = PseudoLabelTrainer(head, recipe, seed=seed, precision=precision)
     return trainer.fit(lr, targets, callback=callback)

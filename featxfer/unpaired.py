@@ -6,6 +6,7 @@ them as towards the HR features of pairs (`fit_features_head` with `targets`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
@@ -17,10 +18,10 @@ from torch import Tensor
 from featxfer._checks import ArrayLike, as_features, check_choice
 from featxfer.labels import Clustering, assign
 
+_ITERATIONS = 2000
 
-def moment_targets(
-    hr: ArrayLike, lr: ArrayLike, clustering: Clustering, *, shrinkage: float = 0.1
-) -> Tensor:
+
+def moment_targets(hr: ArrayLike, lr: ArrayLike, *, shrinkage: float = 0.1) -> Tensor:
     """LR features whitened and coloured to the mean and covariance of HR ones, `(n, d)`.
 
     Correlation alignment (Sun, Feng and Saenko 2016), in closed form.
@@ -28,7 +29,6 @@ def moment_targets(
     Args:
         hr: HR features `(m, d)`.
         lr: LR features `(n, d)` of other images.
-        clustering: is not looked at.
         shrinkage: of both covariances towards a multiple of the identity, in (0, 1]; ours.
 
     Raises:
@@ -55,7 +55,8 @@ def transport_targets(
         hr: HR features `(m, d)`.
         lr: LR features `(n, d)` of other images.
         clustering: of the HR features or of their directions.
-        regularisation: of the entropy, > 0, in units of the cost.
+        regularisation: of the entropy, > 0, in units of the cost. Warns where it is so small that
+            the clusters are not as frequent as they should be, by a hundredth of all features.
 
     Raises:
         ValueError: other shapes, NaN or infinity, a regularisation that is not > 0.
@@ -69,14 +70,21 @@ def transport_targets(
     cost = (1 - _similarities(wanted, rows, means)).double().numpy()
     masses = np.full(len(rows), 1 / len(rows)), (sizes / sizes.sum()).double().numpy()
     plan = ot.sinkhorn(
-        *masses, cost, regularisation, method="sinkhorn_log", numItermax=2000, warn=False
+        *masses, cost, regularisation, method="sinkhorn_log", numItermax=_ITERATIONS, warn=False
     )
+    misplaced = float(np.abs(plan.sum(0) - masses[1]).sum()) / 2
+    if misplaced > 0.01:
+        warnings.warn(
+            f"regularisation: got {regularisation!r}, with which {_ITERATIONS} iterations left "
+            f"{misplaced:.0%} of the features in clusters that are too large",
+            stacklevel=2,
+        )
     shares = torch.from_numpy(plan / plan.sum(1, keepdims=True)).float()
     return shares @ means
 
 
 UNPAIRED: Mapping[str, Callable[[Tensor, Tensor, Clustering], Tensor]] = {
-    "moments": moment_targets,
+    "moments": lambda hr, lr, _: moment_targets(hr, lr),
     "transport": transport_targets,
 }
 """Targets by name."""
@@ -115,7 +123,7 @@ def _root(rows: Tensor, shrinkage: float, power: float) -> Tensor:
     if covariance.ndim == 0:
         covariance = covariance.reshape(1, 1)
     level = covariance.diagonal().mean().clamp(min=1e-12)
-    identity = torch.eye(len(covariance), dtype=torch.float64)
+    identity = torch.eye(len(covariance), dtype=torch.float64, device=rows.device)
     values, vectors = torch.linalg.eigh((1 - shrinkage) * covariance + shrinkage * level * identity)
     root: Tensor = (vectors * values.clamp(min=1e-12) ** power) @ vectors.T
     return root
@@ -123,9 +131,10 @@ def _root(rows: Tensor, shrinkage: float, power: float) -> Tensor:
 
 def _cluster_means(hr: Tensor, clustering: Clustering) -> tuple[Tensor, Tensor]:
     """Mean HR feature and size of each cluster that has any, by direction."""
-    labels = assign(F.normalize(hr, dim=1), F.normalize(clustering.centroids, dim=1))
+    centroids = as_features("clustering", clustering.centroids, width=hr.shape[1])
+    labels = assign(F.normalize(hr, dim=1), F.normalize(centroids, dim=1))
     sizes = torch.bincount(labels, minlength=clustering.k).float()
-    sums = torch.zeros(clustering.k, hr.shape[1]).index_add_(0, labels, hr)
+    sums = hr.new_zeros(clustering.k, hr.shape[1]).index_add_(0, labels, hr)
     kept = sizes > 0
     return sums[kept] / sizes[kept, None], sizes[kept]
 

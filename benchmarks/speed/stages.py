@@ -162,7 +162,11 @@ def measure_svms(rows: int, width: int, pairs: int, jobs: int) -> Iterator[Row]:
 
     def train(solver: str) -> None:
         found[solver] = train_svms(
-            features[:rows], labels[:rows], PROTOCOLS["vissl"], solver=solver, jobs=jobs
+            features[:rows],
+            labels[:rows],
+            PROTOCOLS["vissl"],
+            solver=solver,
+            jobs=jobs if solver == "liblinear" else None,
         )
 
     ours, theirs = (Way(lambda: None, partial(train, name)) for name in ("batched", "liblinear"))

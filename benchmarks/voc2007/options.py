@@ -9,11 +9,11 @@ from typing import Any
 
 from featxfer import PROTOCOLS, Degradation, Recipe
 from featxfer._checks import check_choice, check_integer
-from featxfer.features import SCALINGS
 from featxfer.forward import COMPILE, PRECISIONS
 from featxfer.head import ACTIVATIONS
 from featxfer.labels import ASSIGNMENTS, BACKENDS
 from featxfer.metrics import AVERAGE_PRECISIONS
+from featxfer.scaling import SCALINGS
 
 METHODS = ("paper", "all")
 

@@ -126,7 +126,7 @@ def _score(study: Study, row: Row, seed: int, protocol: str) -> dict[str, Any]:
             labels,
             PROTOCOLS[protocol],
             solver=SVMS[study.options.svm],
-            jobs=study.options.jobs,
+            jobs=study.options.jobs if study.options.svm == "reference" else None,
             callback=lambda _: bar.update(),
         )
     decisions, truth = svms.decisions(test), study.data.test.labels

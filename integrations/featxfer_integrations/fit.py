@@ -367,7 +367,10 @@ def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
     through = [] if head.output == "clusters" else [head.transfer(rows[test]) for rows in (*lr, hr)]
     fit = TransferFit(
         log,
-        [diagnose(hr[train], rows[train], clustering.centroids) for rows in lr],
+        [
+            diagnose(head.scale(hr[train]), head.scale(rows[train]), clustering.centroids)
+            for rows in lr
+        ],
         reports(hr[test], [rows[test] for rows in lr], through, clustering),
         len(train),
         features[0].skipped,
@@ -710,7 +713,7 @@ def _new_head(task: _Task, width: int, images: int) -> FeatureTransferHead:
 def _clusterings(task: _Task, head: FeatureTransferHead, hr: Tensor) -> list[Clustering]:
     """Of HR features as the paper's head has them, or of their directions."""
     if head.output == "clusters":
-        return [kmeans(hr, len(head.centroids), seed=task.seed)]
+        return [kmeans(head.scale(hr), len(head.centroids), seed=task.seed)]
     directions = F.normalize(hr, dim=1)
     return [kmeans(directions, k, seed=task.seed) for k in task.ks(len(hr))]
 

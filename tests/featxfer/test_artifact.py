@@ -94,7 +94,7 @@ def test_every_truncation_and_flip_is_one_error(head: FeatureTransferHead, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format=99), "not a head's card of format 2"),
+        (lambda c: c.update(format=99), "not a head's card of format 3"),
         (lambda c: c.pop("head"), "KeyError: 'head'"),
         (lambda c: c.update(kind="tail"), "KeyError: 'tail'"),
         (lambda c: c.pop("weights_sha256"), "are not those that card"),
@@ -139,6 +139,21 @@ def test_missing_extra_and_nan_tensors(head: FeatureTransferHead, tmp_path: Path
         load_head(tmp_path)
     rewrite_weights(tmp_path, {**state, "fc1.bias": torch.full((8,), float("nan"))})
     with pytest.raises(ArtifactError, match=r"fc1\.bias has NaN or infinity"):
+        load_head(tmp_path)
+    rewrite_weights(tmp_path, {**state, "fc1.bias": torch.zeros(8, dtype=torch.float16)})
+    with pytest.raises(ArtifactError, match="weights of several dtypes"):
+        load_head(tmp_path)
+    rewrite_weights(tmp_path, {**state, "input_std": torch.ones(6, dtype=torch.float16)})
+    with pytest.raises(ArtifactError, match="statistics or centroids that are neither float32"):
+        load_head(tmp_path)
+
+
+def test_a_card_without_its_scaling_is_of_an_older_format(tmp_path: Path) -> None:
+    head = FeatureTransferHead(6, 4, 8, output="clusters", scaling="l2")
+    save_head(head, tmp_path, CARD)
+    assert load_head(tmp_path)[0].config["scaling"] == "l2"
+    rewrite_card(tmp_path, lambda card: (card["head"].pop("scaling"), card.update(format=2)))
+    with pytest.raises(ArtifactError, match="not a head's card of format 3"):
         load_head(tmp_path)
 
 

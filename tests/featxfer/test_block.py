@@ -103,6 +103,7 @@ def test_seeds_copies_and_pickles() -> None:
         ({"channels": 0}, "channels: got 0"),
         ({"hidden_channels": 0}, "hidden_channels: got 0"),
         ({"units": 0}, "units: got 0"),
+        ({"depthwise": "no"}, "depthwise: got 'no', wanted True or False"),
         ({"kernel_size": 4}, "kernel_size: got 4, wanted an odd one"),
         ({"layout": "chw"}, "layout: got 'chw', wanted one of 'nchw', 'nhwc'"),
     ],
@@ -121,4 +122,8 @@ def test_bad_maps_are_told_and_change_nothing() -> None:
     for bad in (MAPS[:0], MAPS / 0):
         with pytest.raises(ValueError, match="wanted n >= 1 finite ones"):
             block.set_input_statistics(bad)
+    with pytest.raises(ValueError, match=r"of values of at most 1e\+18"):
+        block.set_input_statistics(MAPS * 1e30)
+    with pytest.raises(ValueError, match=r"maps: got torch\.uint8, wanted a floating-point dtype"):
+        block(MAPS.to(torch.uint8))
     assert torch.equal(block.input_mean, torch.zeros(6, 1, 1))

@@ -12,8 +12,9 @@ import timm
 import torch
 from click.testing import CliRunner
 
-from featxfer import FeatureStore
+from featxfer import Degradation, FeatureStore, FeatureTransferHead, open_images, scale_features
 from featxfer.cli import main
+from featxfer_integrations import attach_transfer, backbone_of
 
 
 def run(*arguments: str | Path, code: int = 0) -> str:
@@ -68,6 +69,48 @@ def test_extract_fit_and_show(stores: tuple[Path, Path], tmp_path: Path) -> None
     assert card["head"]["in_features"] == 96
     assert card["degradations"][0]["lr_size"] == 32
     assert card["backbone"] == "timm/test_resnet"
+
+
+@pytest.mark.parametrize("scaling", ["l2", "none"])
+def test_an_attached_head_sees_what_it_was_fitted_on(
+    image_folder: Path, tmp_path: Path, scaling: str
+) -> None:
+    torch.manual_seed(0)
+    model, weights = timm.create_model("test_resnet").eval(), tmp_path / "w.safetensors"
+    safetensors.torch.save_file(model.state_dict(), weights)
+    output = run(
+        "extract", image_folder, "--backbone", "timm/test_resnet", "--weights", weights,
+        "--precision", "fp32", "--cache", tmp_path / "cache",
+    )  # fmt: skip
+    stores, out = [Path(line) for line in output.splitlines()[1:3]], tmp_path / "head"
+    options = ["--clusters", "3", "--hidden", "8", "--labels", "paired", "--scaling", scaling]
+    run("fit", *stores, *options, "--out", out)
+    head = FeatureTransferHead.from_pretrained(out)
+    assert head.scaling == scaling
+    fitted_on = scale_features(FeatureStore.open(stores[1]).read().features, scaling)
+    plain = FeatureTransferHead(**{**head.config, "scaling": "none"})
+    plain.load_state_dict(head.state_dict())
+    wanted = plain.transfer(fitted_on)
+    torch.testing.assert_close(fitted_on.mean(0), head.input_mean, rtol=1e-4, atol=1e-5)
+
+    preprocessing = backbone_of(model).preprocessing
+    images, degradation = open_images(image_folder), Degradation()
+    views = torch.stack([degradation.lr(images.read(i)) for i in range(len(images))])
+    attach_transfer(model, head=out)
+    with torch.no_grad():
+        logits = model(preprocessing(views))
+    torch.testing.assert_close(logits, wanted, rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits.argmax(1), wanted.argmax(1))
+    assert len(set(wanted.argmax(1).tolist())) > 1
+
+
+def test_what_fit_cannot_use_is_told_before_clusters_are_sought(
+    stores: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featxfer.kmeans", None)
+    for name, value in (("--labels", "both"), ("--scaling", "max"), ("--hidden", "0")):
+        output = run("fit", *stores, name, value, "--out", tmp_path / "head", code=1)
+        assert f"got {value!r}, wanted" in output or "got 0, wanted" in output
 
 
 def test_cache_list_and_verify(stores: tuple[Path, Path], tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ def test_a_random_state_object_moves_on() -> None:
 
 def test_the_global_random_states_are_left_alone() -> None:
     state, numpy_state = torch.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
-    small().fit(LR, X_hr=HR).transform(LR)
+    for random_state in (0, None):
+        small(random_state=random_state).fit(LR, X_hr=HR).transform(LR)
     assert torch.equal(torch.get_rng_state(), state)
     assert str(np.random.get_state()) == numpy_state  # noqa: NPY002
 

@@ -19,7 +19,6 @@ from featxfer import (
     extract_features,
     fill_stores,
     open_images,
-    scale_features,
 )
 from featxfer.backbone import frozen, weights_sha256
 
@@ -313,11 +312,3 @@ def test_a_fixed_input_size_is_kept_to(
     fixed = dataclasses.replace(backbone, preprocessing=Preprocessing(input_size=224))
     with pytest.raises(ValueError, match="got hr_size=32, backbone tiny wants 224"):
         extract_features(fixed, open_images(image_folder), DEGRADATION, tmp_path)
-
-
-def test_scaling() -> None:
-    rows = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    assert scale_features(rows, "none").tolist() == rows.tolist()
-    torch.testing.assert_close(scale_features(rows, "l2"), torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
-    with pytest.raises(ValueError, match="row 1 is zero"):
-        scale_features(torch.tensor([[1.0], [0.0]]), "l2")

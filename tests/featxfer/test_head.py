@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from featxfer import FeatureTransferHead
+from featxfer import FeatureTransferHead, fit_head, kmeans, scale_features
+from featxfer.labels import ASSIGNMENTS
+from featxfer.trainer import Recipe
 
 ROWS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)) * 3 + 5
 
@@ -121,6 +123,8 @@ def test_centroids_travel_with_the_state(head: FeatureTransferHead) -> None:
         ({"hidden_features": 1.5}, r"hidden_features: got 1\.5"),
         ({"output": "logits"}, "output: got 'logits', wanted one of 'features', 'clusters'"),
         ({"activation": "elu"}, "activation: got 'elu', wanted one of 'relu', 'gelu', 'identity'"),
+        ({"scaling": "max"}, "scaling: got 'max', wanted one of 'none', 'l2'"),
+        ({"scaling": "l2"}, "scaling: got 'l2', wanted 'none' with output 'features'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -221,3 +225,74 @@ def test_another_width_is_told(shape: tuple[int, ...]) -> None:
 def test_a_dropout_of_all_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dropout: got 1, wanted a share in \[0, 1\)"):
         residual(dropout=1)
+
+
+def scaling_head(**options: Any) -> FeatureTransferHead:
+    return FeatureTransferHead(12, 5, 32, output="clusters", **options)
+
+
+def test_a_head_scales_as_what_it_was_trained_on() -> None:
+    scaled = scale_features(ROWS, "l2")
+    plain, scaling = scaling_head(), scaling_head(scaling="l2")
+    plain.set_input_statistics(scaled)
+    scaling.set_input_statistics(ROWS)
+    assert torch.equal(scaling.scale(ROWS), scaled)
+    assert torch.equal(scaling.input_mean, plain.input_mean)
+    assert torch.equal(scaling.input_std, plain.input_std)
+    assert torch.equal(scaling(ROWS), plain(scaled))
+    assert torch.equal(scaling.hidden(ROWS), plain.hidden(scaled))
+    assert torch.equal(scaling.transfer(ROWS), plain.transfer(scaled))
+    assert not torch.allclose(scaling(ROWS), plain(ROWS), atol=1)
+    maps = ROWS[:60].view(3, 4, 5, 12).movedim(-1, 1)
+    torch.testing.assert_close(scaling(maps)[1, :, 2, 3], plain(scaled[20 + 10 + 3]))
+    assert FeatureTransferHead(**scaling.config).scaling == "l2"
+
+
+@pytest.mark.parametrize("labels", ASSIGNMENTS)
+def test_fitting_takes_rows_as_they_come(labels: str) -> None:
+    lr = ROWS.roll(3, 0) * torch.linspace(0.5, 2, 64)[:, None]
+    heads = [scaling_head(seed=1), scaling_head(seed=1, scaling="l2")]
+    clustering = kmeans(heads[1].scale(ROWS), 5, seed=0)
+    for head, scaling in zip(heads, ("l2", "none"), strict=True):
+        hr_rows, lr_rows = scale_features(ROWS, scaling), scale_features(lr, scaling)
+        head.set_input_statistics(lr_rows)
+        fit_head(head, hr_rows, lr_rows, clustering, labels=labels, recipe=Recipe(epochs=3))
+    assert torch.equal(heads[1].transfer(lr), heads[0].transfer(scale_features(lr, "l2")))
+    assert torch.equal(heads[1].centroids, clustering.centroids)
+
+
+def test_centroids_of_rows_that_were_not_scaled_are_refused() -> None:
+    head = scaling_head(scaling="l2")
+    with pytest.raises(ValueError, match=r"centroids: got one of length \d.*`head\.scale`"):
+        fit_head(head, ROWS, ROWS, kmeans(ROWS, 5, seed=0), recipe=Recipe(epochs=1))
+    assert not head.centroids.any()
+    head.set_centroids(scale_features(ROWS[:5], "l2"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_feature_of_zeros_or_of_any_length_gives_finite_logits(dtype: torch.dtype) -> None:
+    head = scaling_head(scaling="l2")
+    head.set_input_statistics(ROWS)
+    head.to(dtype)
+    most = torch.finfo(dtype).max
+    rows = torch.stack([torch.zeros(12), torch.full((12,), most), ROWS[0], ROWS[0] * 100]).to(dtype)
+    logits = head(rows)
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits[3], logits[2], rtol=0.02, atol=0.02)
+    maps = rows[0].expand(1, 3, 3, 12).movedim(-1, 1)
+    torch.testing.assert_close(head(maps)[0, :, 1, 1], logits[0], rtol=0.02, atol=0.02)
+
+
+def test_training_on_a_feature_of_zeros_is_refused() -> None:
+    with pytest.raises(ValueError, match="features: row 1 is zero"):
+        scaling_head(scaling="l2").set_input_statistics(torch.stack([ROWS[0], ROWS[0] * 0]))
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"features: got torch\.int64, wanted a floating-point"):
+        randomised(residual())(torch.ones(3, 12, dtype=torch.int64))
+
+
+def test_a_batch_of_no_rows_at_a_time_is_refused(head: FeatureTransferHead) -> None:
+    with pytest.raises(ValueError, match="batch_size: got 0, wanted an int >= 1"):
+        head.transfer(ROWS, batch_size=0)

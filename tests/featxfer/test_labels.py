@@ -161,3 +161,9 @@ def test_arrays_that_torch_does_not_take_as_they_are(flip: Callable[[Any], Any])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kmeans(rows, 1, seed=0).centroids.tolist() == [[3.0]]
+
+
+def test_zeros_of_either_sign_are_one_row() -> None:
+    rows = torch.tensor([[0.0, 1], [-0.0, 1], [2, 1]])
+    with pytest.raises(ValueError, match="only 2 distinct rows of 3, wanted at least k=3"):
+        kmeans(rows, 3, seed=0)

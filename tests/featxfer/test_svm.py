@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,6 +216,55 @@ def test_bad_input_is_named(rows: torch.Tensor, labels: np.ndarray, message: str
 def test_an_unknown_solver() -> None:
     with pytest.raises(ValueError, match="solver: got 'newton', wanted"):
         train_svms(ROWS, LABELS, PROTOCOLS["plain"], solver="newton")
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 0), ("jobs", 1)])
+def test_what_the_batched_solver_has_no_use_for_is_refused(name: str, value: int) -> None:
+    arguments: Any = {name: value}
+    with pytest.raises(ValueError, match=f"{name}: got {value}, which solver 'batched'"):
+        train_svms(ROWS, LABELS, PROTOCOLS["plain"], solver="batched", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"difficult": "ignore"}, "difficult: got 'ignore', wanted one of 'negative', 'ignored'"),
+        ({"costs": ()}, r"costs: got \(\), wanted at least one value of C > 0"),
+        ({"costs": (1.0, 0.0)}, r"costs: got \(1\.0, 0\.0\)"),
+        ({"folds": 1}, "folds: got 1, wanted an int >= 2"),
+        ({"max_iter": 0}, "max_iter: got 0"),
+        ({"positive_weight": math.nan}, "positive_weight: got nan, wanted > 0"),
+    ],
+)
+def test_protocols_are_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PROTOCOLS["plain"], **arguments)
+
+
+def test_threads_do_not_change_each_others_liblinear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its random state is one a process, and it runs without the interpreter's lock."""
+    running, most = 0, 0
+    fit, counting = LinearSVC.fit, threading.Lock()
+
+    def slow(self: LinearSVC, *arguments: Any) -> LinearSVC:
+        nonlocal running, most
+        with counting:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.005)
+        fitted = fit(self, *arguments)
+        with counting:
+            running -= 1
+        return fitted
+
+    alone = train_svms(ROWS, LABELS, PROTOCOLS["virtex"])
+    monkeypatch.setattr(LinearSVC, "fit", slow)
+    with ThreadPoolExecutor(4) as pool:
+        train = partial(train_svms, ROWS, LABELS)
+        together = list(pool.map(train, [PROTOCOLS["virtex"]] * 4))
+    assert most == 1
+    for svms in together:
+        np.testing.assert_array_equal(svms.coef, alone.coef)
 
 
 def test_decisions_of_another_width() -> None:

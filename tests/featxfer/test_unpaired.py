@@ -44,7 +44,7 @@ def test_targets_are_nearer_to_the_unseen_hr_features(name: str) -> None:
 
 
 def test_moments_become_those_of_hr() -> None:
-    targets = moment_targets(HR, LR, CLUSTERING, shrinkage=1e-6)
+    targets = moment_targets(HR, LR, shrinkage=1e-6)
     torch.testing.assert_close(targets.mean(0), HR.mean(0), rtol=0, atol=1e-3)
     torch.testing.assert_close(torch.cov(targets.T), torch.cov(HR.T), rtol=1e-2, atol=1e-2)
 
@@ -95,7 +95,7 @@ def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="unpaired: got 'gan', wanted one of"):
         unpaired_targets("gan", HR, LR, CLUSTERING)
     with pytest.raises(ValueError, match="shrinkage: got 0, wanted in"):
-        moment_targets(HR, LR, CLUSTERING, shrinkage=0)
+        moment_targets(HR, LR, shrinkage=0)
     with pytest.raises(ValueError, match="regularisation: got -1, wanted > 0"):
         transport_targets(HR, LR, CLUSTERING, regularisation=-1)
 
@@ -117,3 +117,10 @@ def test_an_empty_cluster_is_left_out() -> None:
     far = torch.cat([CLUSTERING.centroids, -CLUSTERING.centroids.mean(0, keepdim=True)])
     targets = transport_targets(HR, LR, Clustering(far, 0.0, 0, "by hand"))
     assert np.isfinite(targets.numpy()).all()
+
+
+def test_a_transport_that_is_not_balanced_is_told() -> None:
+    with pytest.warns(
+        UserWarning, match=r"regularisation: got 1e-06, .* left \d+% of the features"
+    ):
+        transport_targets(HR, LR, CLUSTERING, regularisation=1e-6)

@@ -17,9 +17,11 @@ from featxfer import (
     FeatureTransferHead,
     ImageError,
     Recipe,
+    diagnose,
     extract_features,
     load_head,
     open_images,
+    scale_features,
 )
 from featxfer_integrations import (
     AttachError,
@@ -192,6 +194,21 @@ def test_a_clusters_head_learns_the_papers_labels(
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 4)
     assert fitted.held_out == []
     assert fitted.log[-1].label_accuracy > fitted.log[0].label_accuracy
+
+
+def test_a_clusters_head_that_scales_is_trained_on_scaled_features(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    head = FeatureTransferHead(96, 12, 32, output="clusters", scaling="l2")
+    attach_transfer(model, head)
+    fitted = fit(model, drawings, tmp_path, recipe=Recipe(epochs=3), held_out=0.0)
+    assert head.scaling == "l2"
+    features = extract_features(backbone_of(model), open_images(drawings), LR, tmp_path / "again")
+    hr, lr = scale_features(features.hr, "l2"), scale_features(features.lr, "l2")
+    wanted = diagnose(hr, lr, head.centroids)
+    assert fitted.diagnostics == [wanted]
+    assert min(wanted.hr_sizes) > 0
+    assert wanted != diagnose(features.hr, features.lr, head.centroids)
 
 
 class Custom(nn.Module):

@@ -108,7 +108,7 @@ class BaseDegradation(ABC):
     def _resize(self, image: Tensor, height: int, width: int) -> Tensor:
         size = (height, width)
         if size == (1, 1):  # one pixel is the mean, and what torch's kernel for uint8 refuses
-            return image.float().mean((1, 2), keepdim=True).round().to(torch.uint8)
+            return image.double().mean((1, 2), keepdim=True).round().to(torch.uint8)
         if image.shape[1:] == (1, 1):
             return image.expand(-1, *size).contiguous()
         if self.kernel == "nearest":
@@ -192,7 +192,8 @@ class ScaledDegradation(BaseDegradation):
     antialias: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.factor, int | float) or not 1 <= self.factor < float("inf"):
+        is_number = isinstance(self.factor, int | float) and not isinstance(self.factor, bool)
+        if not is_number or not 1 <= self.factor < float("inf"):
             raise ValueError(f"factor: got {self.factor!r}, wanted a finite number >= 1")
         object.__setattr__(self, "factor", float(self.factor))
         self._check_kernel()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,13 +80,19 @@ class VOCDevkit:
         path = self._sets / f"{split}.txt"
         if not path.is_file():
             raise DevkitError(f"split: no {path}; there is {self._splits()}")
-        ids = tuple(path.read_text(encoding="utf-8").split())
+        ids: dict[str, int] = {}
+        for number, fields in _lines(path):
+            name = fields[0]
+            if len(fields) != 1:
+                raise DevkitError(f"{path}:{number}: got {fields}, wanted one image name a line")
+            if Path(name).name != name:
+                raise DevkitError(f"{path}:{number}: got {name!r}, wanted an image name, no path")
+            if name in ids:
+                raise DevkitError(f"{path}:{number}: got {name!r} again, as in line {ids[name]}")
+            ids[name] = number
         if not ids:
             raise DevkitError(f"split: {path} is empty, wanted one image name a line")
-        for name in ids:
-            if Path(name).name != name:
-                raise DevkitError(f"split: {path} has {name!r}, wanted an image name, no path")
-        return ids
+        return tuple(ids)
 
     def labels(self, split: str) -> Labels:
         """Image-level labels of a split, `(n, classes)` int8 in {1, 0, -1}.
@@ -93,8 +100,8 @@ class VOCDevkit:
         Read from `ImageSets/Main/<class>_<split>.txt`; for a class without that file from the
         XML annotations: 1 if an instance is not marked difficult, 0 if all are, else -1.
 
-        Raises `DevkitError` for a line that is not `<image> <-1|0|1>`, an image of the split that
-        has no line, and a class without a single positive.
+        Raises `DevkitError` for a line that is not `<image> <-1|0|1>`, an image that has two, one
+        of the split that has none, a class without a single positive, and annotations as `boxes`.
         """
         ids = self.ids(split)
         labels = np.full((len(ids), len(self.classes)), -1, dtype=np.int8)
@@ -113,8 +120,9 @@ class VOCDevkit:
         """The objects of each image of a split, of the XML annotations, in the order of `ids`.
 
         VOC counts pixels from 1 and both corners belong to the box, so left and top lose 1. Boxes
-        that leave the image are as they are. Raises `DevkitError` for an annotation that cannot be
-        read, a corner that is no number, a class that is not among `classes`.
+        that leave the image are as they are. An object without `difficult` is not difficult.
+        Raises `DevkitError` for an annotation that cannot be read, a corner that is no finite
+        number, a class that is not among `classes`, a `difficult` that is not 0, 1, false or true.
         """
         return [
             _read_boxes(self.root / "Annotations" / f"{name}.xml", self.classes)
@@ -139,7 +147,12 @@ class VOCDevkit:
         return sorted(p.stem for p in (self.root / "Annotations").glob("*.xml"))
 
     def _label_from_xml(self, image: str, name: str) -> int:
-        difficult = [d for found, d in self._objects(image) if found == name]
+        objects = self._objects(image)
+        unknown = {found for found, _ in objects} - set(self.classes)
+        if unknown:
+            path = self.root / "Annotations" / f"{image}.xml"
+            raise DevkitError(_unknown_class(path, min(unknown), self.classes))
+        difficult = [d for found, d in objects if found == name]
         return -1 if not difficult else 0 if all(difficult) else 1
 
     def _objects(self, image: str) -> list[tuple[str, bool]]:
@@ -163,14 +176,26 @@ def _find_root(root: Path) -> Path:
     raise DevkitError(f"root: {root} has no ImageSets/Main and JPEGImages, wanted a VOC devkit")
 
 
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and fields of each line of a list that is not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DevkitError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield number, line.split()
+
+
 def _read_class_file(path: Path, ids: Sequence[str]) -> list[int]:
     found: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        fields = line.split()
-        if fields and (len(fields) != 2 or fields[1] not in {"-1", "0", "1"}):
+    for number, fields in _lines(path):
+        if len(fields) != 2 or fields[1] not in {"-1", "0", "1"}:
+            line = " ".join(fields)
             raise DevkitError(f"{path}:{number}: got {line!r}, wanted '<image> <-1|0|1>'")
-        if fields:
-            found[fields[0]] = int(fields[1])
+        if fields[0] in found:
+            raise DevkitError(f"{path}:{number}: got {fields[0]!r} again, wanted one line an image")
+        found[fields[0]] = int(fields[1])
     missing = [name for name in ids if name not in found]
     if missing:
         raise DevkitError(f"{path}: no line for image {missing[0]} ({len(missing)} missing)")
@@ -181,7 +206,6 @@ def _parse(path: Path) -> list[Element]:
     """The objects of one annotation; `DevkitError` for XML that is bad, too large or too deep."""
     from xml.etree.ElementTree import ParseError, TreeBuilder
 
-    import defusedxml
     import defusedxml.ElementTree
 
     class Shallow(TreeBuilder):
@@ -202,43 +226,72 @@ def _parse(path: Path) -> list[Element]:
             raise ParseError(f"it has over {MOST_BYTES:,} bytes")
         parser = defusedxml.ElementTree.DefusedXMLParser(target=Shallow())
         tree = defusedxml.ElementTree.parse(path, parser=parser)
-    except (OSError, ParseError, defusedxml.DefusedXmlException) as error:
+    except (
+        OSError,
+        ParseError,
+        LookupError,
+        ValueError,
+    ) as error:  # of encodings, and defusedxml's
         raise DevkitError(f"annotation {path} cannot be read: {error}") from error
     return list(tree.iterfind("object"))
 
 
 def _read_objects(path: Path) -> list[tuple[str, bool]]:
     """Name and difficult flag of each object in one annotation."""
-    return [(element.findtext("name", ""), _is_difficult(element)) for element in _parse(path)]
+    return [(_name(path, element), _is_difficult(path, element)) for element in _parse(path)]
 
 
-def _is_difficult(element: Element) -> bool:
-    return element.findtext("difficult", "0") == "1"
+def _name(path: Path, element: Element) -> str:
+    name = element.findtext("name", "").strip()
+    if not name:
+        raise DevkitError(f"annotation {path}: got an object without a name, wanted its class")
+    return name
+
+
+_FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+
+
+def _is_difficult(path: Path, element: Element) -> bool:
+    text = element.findtext("difficult", "0")
+    if text.strip().lower() not in _FLAGS:
+        raise DevkitError(f"annotation {path}: got difficult {text!r}, wanted 0 or 1")
+    return _FLAGS[text.strip().lower()]
 
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
+def _corners(path: Path, element: Element) -> list[float]:
+    texts = [element.findtext(f"bndbox/{side}", "") for side in _CORNERS]
+    try:
+        corners = [float(text) for text in texts]
+    except ValueError:
+        corners = [math.nan]
+    if not all(abs(corner) <= _LARGEST for corner in corners):
+        raise DevkitError(f"annotation {path}: got corners {texts}, wanted finite numbers")
+    return corners
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _unknown_class(path: Path, name: str, classes: Sequence[str]) -> str:
+    return f"annotation {path}: got class {name!r}, known are {classes}"
+
+
 def _read_boxes(path: Path, classes: Sequence[str]) -> ObjectBoxes:
     boxes, labels, difficult, without_area = [], [], [], 0
     for element in _parse(path):
-        name = element.findtext("name", "")
+        name, is_difficult = _name(path, element), _is_difficult(path, element)
         if name not in classes:
-            raise DevkitError(f"annotation {path}: got class {name!r}, known are {classes}")
-        texts = [
-            element.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")
-        ]
-        try:
-            left, top, right, bottom = (float(text) for text in texts)
-        except ValueError as error:
-            raise DevkitError(f"annotation {path}: got corners {texts}, wanted numbers") from error
-        box = (left - 1, top - 1, right, bottom)
-        if not (box[2] > box[0] + 1 and box[3] > box[1] + 1):
+            raise DevkitError(_unknown_class(path, name, classes))
+        left, top, right, bottom = _corners(path, element)
+        if not (right > left and bottom > top):
             without_area += 1
             continue
-        boxes.append(box)
+        boxes.append((left - 1, top - 1, right, bottom))
         labels.append(classes.index(name))
-        difficult.append(_is_difficult(element))
+        difficult.append(is_difficult)
     return ObjectBoxes(
         np.array(boxes, dtype=np.float32).reshape(-1, 4),
         np.array(labels, dtype=np.int64),

@@ -1,4 +1,4 @@
-"""Degradations beyond resizing: blur and sensor noise by torchvision, JPEG by Pillow."""
+"""Degradations beyond resizing: blur, sensor noise, and JPEG by Pillow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from featxfer import Degradation
@@ -40,8 +42,10 @@ class CorruptedDegradation(Degradation):
         super().__post_init__()
         for name in ("blur_sigma", "noise_std"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: got {value!r}, wanted a finite number >= 0")
+            object.__setattr__(self, name, float(value))
         if self.jpeg_quality is not None:
             check_integer("jpeg_quality", self.jpeg_quality, at_least=1)
             if self.jpeg_quality > 100:
@@ -49,23 +53,31 @@ class CorruptedDegradation(Degradation):
 
     def corrupt(self, small: Tensor) -> Tensor:
         """Blur, noise and JPEG on uint8 `(3, lr_size, lr_size)`."""
-        import torchvision.transforms.v2.functional as transforms
-
         if self.blur_sigma > 0:
-            reach = max(1, round(3 * self.blur_sigma))
-            reach = min(reach, small.shape[-1] - 1)
-            small = transforms.gaussian_blur(
-                small, [2 * reach + 1, 2 * reach + 1], [self.blur_sigma, self.blur_sigma]
-            )
+            small = _blur(small, self.blur_sigma)
         if self.noise_std > 0:
             seed = zlib.crc32(small.contiguous().numpy().tobytes())
-            with torch.random.fork_rng([]):
-                torch.manual_seed(seed)
-                noisy = transforms.gaussian_noise(small.float() / 255, sigma=self.noise_std)
+            noise = torch.randn(small.shape, generator=torch.Generator().manual_seed(seed))
+            noisy = (small.float() / 255 + self.noise_std * noise).clamp(0, 1)
             small = (noisy * 255).round().to(torch.uint8)
         if self.jpeg_quality is not None:
             small = _through_jpeg(small, self.jpeg_quality)
         return small
+
+
+def _blur(image: Tensor, sigma: float) -> Tensor:
+    """Adds in double and in one order, so that no number of threads shows; borders are mirrored."""
+    reach = min(max(1, round(3 * sigma)), image.shape[-1] - 1)
+    at = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (at / sigma) ** 2)
+    weights = weights / weights.sum()
+    whole = F.pad(image.double()[None], [reach] * 4, mode="reflect")[0]
+    for dim in (1, 2):
+        sums = torch.zeros_like(whole.narrow(dim, 0, image.shape[dim]))
+        for start, weight in enumerate(weights.tolist()):
+            sums += weight * whole.narrow(dim, start, image.shape[dim])
+        whole = sums
+    return whole.round().to(torch.uint8)
 
 
 def _through_jpeg(image: Tensor, quality: int) -> Tensor:
@@ -74,4 +86,5 @@ def _through_jpeg(image: Tensor, quality: int) -> Tensor:
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(
         written, "JPEG", quality=quality
     )
-    return torch.from_numpy(np.array(Image.open(written))).permute(2, 0, 1).contiguous()
+    written.seek(0)
+    return torch.from_numpy(np.array(JpegImageFile(written))).permute(2, 0, 1).contiguous()

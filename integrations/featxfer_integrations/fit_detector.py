@@ -192,6 +192,7 @@ def _readable(task: DetectorTask) -> tuple[DetectorTask, dict[str, str]]:
         tuple(images.ids[index] for index in kept),
         lambda row: images.read(kept[row]),
         hashlib.sha256(said.encode()).hexdigest(),
+        depth=images.depth,
     )
     return dataclasses.replace(task, images=readable), skipped
 

@@ -121,7 +121,14 @@ def test_scaled_views_keep_the_size(view: ScaledDegradation) -> None:
     assert Degradation(lr_size=1).lr(IMAGE).unique().numel() <= 3
 
 
-@pytest.mark.parametrize("factor", [0.5, float("nan"), float("inf"), "4"])
+def test_one_pixel_is_the_exact_mean() -> None:
+    """Of which single precision, in whatever order it adds, gives 127.5 and so 128."""
+    image = torch.full((3, 1024, 1024), 127, dtype=torch.uint8)
+    image.view(3, -1)[:, : 2**19 - 1] = 128
+    assert Degradation(8, 1).lr(image).unique().tolist() == [127]
+
+
+@pytest.mark.parametrize("factor", [0.5, float("nan"), float("inf"), "4", True])
 def test_factors_that_shrink_nothing_are_refused(factor: Any) -> None:
     with pytest.raises(ValueError, match=r"factor: got .*, wanted a finite number >= 1"):
         ScaledDegradation(factor)

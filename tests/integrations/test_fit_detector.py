@@ -426,7 +426,7 @@ def grey(folder: Path) -> None:
     Image.new("I;16", (40, 90), 30_000).save(folder / "sixteen.png")
 
 
-@pytest.mark.filterwarnings("ignore:the head does not help")
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
 def test_images_without_proposals_of_other_kinds_and_broken_ones(
     detector: nn.Module, discs: Path, tmp_path: Path
 ) -> None:

@@ -210,9 +210,12 @@ def _blocks(
     *,
     epochs: float = 1,
     rate: float = 1,
-    objective: str = "prototypes",
+    objective: str | None = None,
 ) -> Method:
-    """Blocks after stages, trained at times the usual number of epochs and rate."""
+    """Blocks after stages, trained at times the usual number of epochs and rate.
+
+    An objective is of boxes: `fit_transfer` refuses one for a detector that proposes none.
+    """
     recipe = dataclasses.replace(
         DETECTOR_RECIPE,
         epochs=round(epochs * DETECTOR_RECIPE.epochs),
@@ -223,7 +226,7 @@ def _blocks(
         places = [f"stage{stage}" for stage in stages]
         return setting.fitted(at=places, block_recipe=recipe, objective=objective)
 
-    choices = {"stages": stages, "recipe": recipe.to_dict(), "objective": objective}
+    choices = {"stages": stages, "recipe": recipe.to_dict(), "objective": objective or "prototypes"}
     return Method(label, run, choices=choices)
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featxfer import FeatureTransferBlock, FeatureTransferHead
+from featxfer.backbone import frozen
 from featxfer.hub import TransferModule
 
 DEEP_REDUCTIONS = (16, 32)
@@ -97,6 +98,8 @@ class Place:
         block: whether a block goes there, and not a head.
         module: the name of the module as the caller gave it, if it was by name.
         branch: of a detector's predictor, see `attach_transfer`.
+        layout: of the maps there, "nchw" or "nhwc"; None for vectors, and until it is known
+            (`with_layout`).
     """
 
     name: str
@@ -110,6 +113,7 @@ class Place:
     block: bool = False
     module: str | None = None
     branch: str = "class"
+    layout: str | None = None
 
     @property
     def described(self) -> dict[str, str]:
@@ -512,3 +516,71 @@ def _save_pretrained(host: Any, *args: Any, **kwargs: Any) -> Any:
         stacklevel=2,
     )
     return type(host).save_pretrained(host, *args, **kwargs)
+
+
+PLANES = {"nchw": (2, 3), "nhwc": (1, 2)}
+"""Axes of the plane of maps, by layout."""
+
+
+def pooled_feature(feature: Tensor, place: Place) -> Tensor:
+    """What a place gives as vectors `(n, d)`: vectors as they are, maps averaged over their plane.
+
+    Raises `AttachError` for what is neither, such as tokens `(n, t, d)`, and for maps at a place
+    whose layout is not known (`with_layout`).
+    """
+    if feature.ndim == 2:
+        return feature
+    if feature.ndim == 4 and place.layout is not None:
+        return feature.mean(PLANES[place.layout])
+    raise _no_feature(place, tuple(feature.shape))
+
+
+def with_layout(host: nn.Module, place: Place, image: Tensor) -> Place:
+    """The place with the layout of its maps; as it is where it gives vectors, or has one already.
+
+    Maps of a square image are square. Where all three sides are equal, or none, a run on the image
+    twice as large tells: it changes the plane, and not the channels.
+
+    Args:
+        host: what the place is in.
+        place: any.
+        image: one square image `(1, c, s, s)` in the host's dtype, on its device.
+
+    Raises:
+        AttachError: what is neither vectors nor maps; maps of which neither run tells where
+            channels are.
+    """
+    if place.layout is not None:
+        return place
+    with frozen(host):
+        shape = tuple(take_feature(host, place, image).shape)
+        if len(shape) == 2:
+            return place
+        if len(shape) != 4:
+            raise _no_feature(place, shape)
+        found = [name for name, (row, column) in PLANES.items() if shape[row] == shape[column]]
+        if len(found) != 1:
+            try:
+                larger = tuple(take_feature(host, place, image.repeat(1, 1, 2, 2)).shape)
+            except Exception:  # whatever a foreign model raises at a size that is not its own
+                larger = shape
+            moved = tuple(axis for axis in (1, 2, 3) if larger[axis] != shape[axis])
+            found = [name for name, plane in PLANES.items() if plane == moved]
+    if len(found) != 1:
+        raise AttachError(
+            f"where: {_names(place)} gives {shape} of a square image, which does not tell where "
+            "channels are; name another module, or put one behind it that pools the maps"
+        )
+    return replace(place, layout=found[0])
+
+
+def _no_feature(place: Place, shape: tuple[int, ...]) -> AttachError:
+    return AttachError(
+        f"where: {_names(place)} gives {shape}, wanted vectors (n, d), or maps (n, d, h, w) or "
+        "(n, h, w, d)"
+    )
+
+
+def _names(place: Place) -> str:
+    """The modules of a place, for messages."""
+    return ", ".join((*place.inputs, *place.outputs)) or place.name

@@ -1,23 +1,36 @@
-"""What fits of models and of detectors share: the report, held-out images, progress."""
+"""What fits of models and of detectors share: checks, the report, held-out images, progress."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featxfer import EpochLog, FeatureTransferHead, Recipe
+from featxfer import EpochLog, FeatureTransferHead, ImageError, Recipe
 from featxfer.hub import TransferModule
 from featxfer.labels import Clustering, LabelDiagnostics
 from featxfer.pairs import PairAgreement, compare_pairs
-from featxfer_integrations._attach import Place, attached_at, install
+from featxfer_integrations._attach import CHILD, Place, attached_at, install
+
+OBJECTIVE = "prototypes"
+"""The default."""
+
+WITHOUT_CLUSTERS = ("regression", "contrast")
+"""Objectives that look at no cluster."""
+
+HELD_OUT = 0.1
+"""Share of the images that is held out by default."""
+
+MINUTES = 30.0
+"""That blocks may train by default with depth "auto"."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,46 @@ class TransferFit:
     blocks_log: list[EpochLog] = field(default_factory=list)
 
 
+def refuse_void(why: str, **given: object) -> None:
+    """Raises `ValueError` for the first argument that is not None: it would have no effect."""
+    for name, value in given.items():
+        if value is not None:
+            shown = "a Recipe" if isinstance(value, Recipe) else repr(value)
+            raise ValueError(f"{name}: got {shown}, which would have no effect: {why}")
+
+
+def check_readable(name: str, skipped: Mapping[str, str], total: int, on_error: str) -> None:
+    """Raises what `extract_features` does of images that could not be read.
+
+    Args:
+        name: of the argument that the images are of.
+        skipped: why, by image.
+        total: images.
+        on_error: "raise" or "skip".
+    """
+    if skipped and on_error == "raise":
+        raise ImageError(next(iter(skipped.values())))
+    if len(skipped) == total:
+        reason = next(iter(skipped.values()))
+        raise ValueError(f"{name}: none of {total} could be read: {reason}")
+
+
+def libraries(model: nn.Module) -> str:
+    """The packages whose modules a model is made of, torch's aside, with their versions."""
+    found = {
+        type(module).__module__.partition(".")[0]
+        for name, module in model.named_modules()
+        if name.partition(".")[0] != CHILD
+    }
+    described = []
+    for library in sorted(found - {"torch"}) or ["torch"]:
+        known = ""
+        with suppress(PackageNotFoundError):
+            known = f" {version(library)}"
+        described.append(f"{library}{known}")
+    return ", ".join(described)
+
+
 def duration(seconds: float) -> str:
     """For people: seconds, or minutes from two on."""
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
@@ -83,7 +136,7 @@ def split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
 
     One at the least is held out where any are to be, and one is trained on.
     """
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     left_out = max(1, round(count * held_out)) if held_out else 0
     kept = max(1, count - left_out)
     return order[:kept].sort().values, order[kept:].sort().values

@@ -23,12 +23,13 @@ from featxfer_integrations._attach import (
     CHILD,
     AttachError,
     Place,
-    host_parameter,
     install,
     is_attached,
+    pooled_feature,
     remove_all,
     take_enabled_feature,
     take_feature,
+    with_layout,
 )
 
 
@@ -42,18 +43,19 @@ class _Kept:
 class Rest(nn.Module):
     """From the maps behind `stage` to the feature at `pooled`, `(n, d)` float32, layers frozen.
 
-    What is attached to the model is left out. `attach` adds modules, which are its only parameters
+    What is attached to the model is left out. The copy is in float32, whatever the model is in:
+    small steps are lost in half precision. `attach` adds modules, which are its only parameters
     that ask for gradients, and the only ones that `train` sets to training mode.
 
     Args:
         model: the host; it is copied, not changed.
         stage: the place of the maps.
         pooled: the place of the feature.
-        image: one preprocessed image `(1, 3, h, w)` to try it on.
+        image: one preprocessed square image `(1, 3, s, s)` to try it on.
         precision: "fp32", or "bf16" for autocast.
 
     Raises:
-        AttachError: the feature hangs on more than these maps.
+        AttachError: the feature hangs on more than these maps, or is none (`pooled_feature`).
     """
 
     def __init__(
@@ -63,17 +65,17 @@ class Rest(nn.Module):
         self.host = copy.deepcopy(model)
         if is_attached(self.host):
             remove_all(self.host)
-        self.host.eval().requires_grad_(False)
+        self.host.eval().requires_grad_(False).float()
         self.host.to(memory_format=torch.channels_last)
-        self.pooled, self.precision = pooled, precision
-        self.stage = stage
-        self._image, self._kept = image[:1], _Kept()
+        self.stage, self.precision = stage, precision
+        self._image, self._kept = image[:1].float(), _Kept()
+        self.pooled = with_layout(self.host, pooled, self._image)
         with torch.no_grad():
             maps = take_feature(self.host, stage, self._image)
-            wanted = _as_rows(take_feature(self.host, pooled, self._image))
+            wanted = pooled_feature(take_feature(self.host, pooled, self._image), self.pooled)
             self._skip(stage.outputs[0])
             _spare_strided_depthwise(self.host)
-            got = _as_rows(self._run(maps, pooled, take_feature))
+            got = pooled_feature(self._run(maps, pooled, take_feature), self.pooled)
         if not torch.allclose(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
             raise AttachError(
                 f"at: the feature of this {type(model).__name__} does not come from the maps after "
@@ -101,13 +103,12 @@ class Rest(nn.Module):
         """Features of maps, through what is attached."""
         device = maps.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
-            return _as_rows(self._run(maps, self.pooled, take_enabled_feature))
+            feature = self._run(maps, self.pooled, take_enabled_feature)
+            return pooled_feature(feature, self.pooled).float()
 
     def _run(self, maps: Tensor, place: Place, take: Callable[..., Tensor]) -> Tensor:
-        like = host_parameter(self.host)
-        dtype = torch.float32 if like is None else like.dtype
-        self._kept.maps = maps.to(dtype).contiguous(memory_format=torch.channels_last)
-        images = self._image.to(maps.device, dtype)[:1].expand(len(maps), -1, -1, -1)
+        self._kept.maps = maps.float().contiguous(memory_format=torch.channels_last)
+        images = self._image.to(maps.device).expand(len(maps), -1, -1, -1)
         try:
             return take(self.host, place, images)
         finally:
@@ -138,12 +139,6 @@ class Rest(nn.Module):
             empty = partial(_empty, self._kept, done[name])
             self.host.get_submodule(name).forward = empty
         self.host.get_submodule(stage).forward = partial(_kept_maps, self._kept)
-
-
-def _as_rows(feature: Tensor) -> Tensor:
-    if feature.ndim == 4:
-        feature = feature.mean((2, 3))
-    return feature.float()
 
 
 def _outermost(names: Iterable[str]) -> list[str]:

@@ -37,7 +37,7 @@ from featxfer_integrations._attach import (
     is_attached,
     transfers_of,
 )
-from featxfer_integrations._fitting import tell
+from featxfer_integrations._fitting import libraries, tell
 from featxfer_integrations.torchvision_detection import box_places
 
 CLASS, REGRESSION = "boxes_class", "boxes_regression"
@@ -127,12 +127,13 @@ class Sampler:
         count, found = len(images.image_sizes), {}
         like = next(iter(maps.values()))
         if all(place.name in known for place in self.places):
-            proposed = torch.empty(0, 4)
+            proposed = torch.empty(0, 4, device="cpu")
         else:
             proposed = self.propose(images, maps, index)
         for place in self.places:
             boxes = known[place.name].drawn.to(like) if place.name in known else proposed
-            rows, labels = [torch.empty(0, 0)] * count, torch.empty(0, dtype=torch.int64)
+            rows = [torch.empty(0, 0, device="cpu")] * count
+            labels = torch.empty(0, dtype=torch.int64, device="cpu")
             if len(boxes):
                 pooled, labels = self._pooled(place, maps, [boxes] * count, images.image_sizes)
                 rows = [part.cpu() for part in pooled.chunk(count)]
@@ -195,7 +196,8 @@ class Sampler:
         for place in self.places:
             level = place.name.removeprefix(CLASS).removeprefix(REGRESSION)
             level = level if level in likely else ""
-            labels, scores = likely.get(level, (torch.empty(0), torch.empty(0)))
+            nothing = torch.empty(0, device="cpu")
+            labels, scores = likely.get(level, (nothing, nothing))
             seen = taken[place.name]
             count = sum(part[0, 0].numel() for part in seen if part.ndim == 4)
             if not count or count != len(labels):
@@ -298,10 +300,10 @@ def half_balanced(labels: Tensor, scores: Tensor, count: int, generator: torch.G
     """
     objects = (labels > 0).nonzero()[:, 0]
     first = objects[balanced(labels[objects], scores[objects], count // 2)]
-    left = torch.ones(len(labels), dtype=torch.bool)
+    left = torch.ones(len(labels), dtype=torch.bool, device="cpu")
     left[first] = False
     others = left.nonzero()[:, 0]
-    drawn = torch.randperm(len(others), generator=generator)[: count - len(first)]
+    drawn = torch.randperm(len(others), generator=generator, device="cpu")[: count - len(first)]
     return torch.cat([first, others[drawn]])
 
 
@@ -340,7 +342,7 @@ class BoxStores:
         labels = drawn.take(images).unflatten(1, (-1, KEPT))[..., 0].to(torch.int64)
         rows, slots = (labels != NOTHING).nonzero(as_tuple=True)
         generator = torch.Generator().manual_seed(seed)
-        chances = torch.rand(len(rows), generator=generator)
+        chances = torch.rand(len(rows), generator=generator, device="cpu")
         kept = half_balanced(labels[rows, slots], chances, most, generator).sort().values
         rows, slots = rows[kept], slots[kept]
         features = [_boxes_of(view, images, rows, slots, labels.shape[1]) for view in views]
@@ -356,7 +358,7 @@ def _boxes_of(
         if mine.any():
             part = stored.take(images[start : start + 256]).unflatten(1, (per_image, -1))
             parts.append(part[rows[mine] - start, slots[mine]])
-    return torch.cat(parts).float() if parts else torch.empty(0, 0)
+    return torch.cat(parts).float() if parts else torch.empty(0, 0, device="cpu")
 
 
 def fill_box_stores(
@@ -456,8 +458,8 @@ def _packed(
     samples: Sequence[Sample], shape: tuple[int, int, int], views_count: int
 ) -> list[Tensor]:
     """What was drawn and features, a row an image; `shape` is `(images, boxes, d)`."""
-    drawn = torch.full((*shape[:2], KEPT), float(NOTHING))
-    views = [torch.zeros(shape) for _ in range(views_count)]
+    drawn = torch.full((*shape[:2], KEPT), float(NOTHING), device="cpu")
+    views = [torch.zeros(shape, device="cpu") for _ in range(views_count)]
     for row, sample in enumerate(samples):
         drawn[row, : len(sample.labels), 0] = sample.labels.float()
         drawn[row, : len(sample.labels), 1:] = sample.drawn
@@ -473,7 +475,7 @@ def _manifest(sampler: Sampler, images: Images) -> Manifest:
     return Manifest(
         view={},
         backbone=type(model).__name__,
-        host=f"torchvision {torchvision.__version__}",
+        host=libraries(model),
         architecture_sha256=_sha256(_described(model)),
         weights_sha256=weights_sha256(model),
         preprocessing={"mean": list(transform.image_mean), "std": list(transform.image_std)},

@@ -7,8 +7,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,11 +29,11 @@ from featxfer import (
 )
 from featxfer._checks import variance_of
 from featxfer.backbone import Backbone, frozen
-from featxfer.features import fill_stores
+from featxfer.features import fill_stores, software_versions
 from featxfer.forward import bf16_is_fast
 from featxfer.images import Images, cropped, flipped
 from featxfer.labels import Clustering
-from featxfer.store import FeatureStore, StoredRows
+from featxfer.store import FeatureStore, StoredRows, align
 from featxfer_integrations._attach import (
     AttachError,
     Place,
@@ -42,6 +43,7 @@ from featxfer_integrations._attach import (
     run_host,
     take_feature,
 )
+from featxfer_integrations._fitting import check_readable
 from featxfer_integrations._replay import Rest
 from featxfer_integrations.attach import INPUT_SIZE, find_place, host_of, maps_at
 
@@ -86,7 +88,7 @@ def block_width(model: nn.Module, plans: Sequence[BlockPlan], size: int) -> int:
         size: side of the images that the sides of the plans are of, pixels.
     """
     like = host_parameter(model)
-    image = torch.zeros(1, 3, size, size)
+    image = torch.zeros(1, 3, size, size, device="cpu")
     image = image if like is None else image.to(like.device, like.dtype)
     with frozen(model), FlopCounterMode(display=False) as counter:
         run_host(model, plans[0].place, image)
@@ -152,7 +154,10 @@ def plan_blocks(
 def new_blocks(
     model: nn.Module, plans: Sequence[BlockPlan], seed: int
 ) -> dict[str, FeatureTransferBlock]:
-    """Untrained blocks by module, in the sizes of those that are attached, where some are."""
+    """Untrained blocks by module, in the sizes of those that are attached, where some are.
+
+    They are on the model's device, and in float32 whatever the model is in.
+    """
     host, like = host_of(model), host_parameter(model)
     width = block_width(model, plans, INPUT_SIZE if host is None else host.input_size(model))
     blocks = {}
@@ -183,15 +188,21 @@ class MapAt(nn.Module):
 class Maps:
     """The maps of all images at one place, on disk: HR and each degradation.
 
+    Row i of each is of the same image.
+
     Args:
         shape: of one image's maps.
         hr: of the images as they are, of mirrored ones, and of crops.
         lr: the same, a degradation each.
+        skipped: image name -> why it could not be read, in one of them or in all.
+        keys: of their stores, which stand for all that the maps depend on.
     """
 
     shape: tuple[int, ...]
     hr: tuple[StoredRows, ...]
     lr: Sequence[tuple[StoredRows, ...]]
+    skipped: Mapping[str, str]
+    keys: tuple[str, ...]
 
     def take(self, rows: StoredRows, indices: Tensor) -> Tensor:
         """Maps `(len(indices), *shape)` of one view."""
@@ -212,9 +223,12 @@ def extract_maps(
     shape: tuple[int, ...],
     *,
     crops: int = 0,
+    on_error: str = "raise",
     **options: object,
 ) -> Maps:
     """The maps of all images behind a stage, from the cache as far as it has them.
+
+    An image that could not be read in one view, if only that once, is left out of all.
 
     Args:
         backbone: up to the stage (`maps_backbone`).
@@ -223,18 +237,48 @@ def extract_maps(
         cache: folder of the maps.
         shape: of one image's maps.
         crops: how many crops of each image there are besides.
-        **options: precision, batch_size, on_error of `extract_features`; errors as there.
+        on_error: as `extract_features` has it; errors as there.
+        **options: precision, batch_size of `extract_features`.
     """
     variants = [images, flipped(images), *(cropped(images, draw) for draw in range(crops))]
-    pairs: list[dict[str, list[FeatureStore]]] = []
+    views: list[list[FeatureStore]] = []
     for degradation in degradations:
-        stores = [
-            fill_stores(backbone, view, degradation, cache, **options)  # type: ignore[arg-type]
-            for view in variants
+        filled = [
+            fill_stores(
+                backbone,
+                variant,
+                degradation,
+                cache,
+                on_error=on_error,
+                **options,  # type: ignore[arg-type]
+            )
+            for variant in variants
         ]
-        pairs.append({view: [store[view] for store in stores] for view in ("hr", "lr")})
-    hr = tuple(store.open_rows() for store in pairs[0]["hr"])
-    return Maps(shape, hr, [tuple(store.open_rows() for store in pair["lr"]) for pair in pairs])
+        views += [[stores[view] for stores in filled] for view in ("hr", "lr")]
+    views = [views[0], *views[1::2]]
+    opened = [[store.open_rows() for store in stores] for stores in views]
+    every = [rows for view in opened for rows in view]
+    skipped = {name: reason for rows in every for name, reason in rows.skipped.items()}
+    check_readable("images", skipped, len(images), on_error)
+    hr, *lr = (tuple(_without(rows, skipped) for rows in view) for view in opened)
+    align([rows for view in (hr, *lr) for rows in view])
+    keys = tuple(store.manifest.key for stores in views for store in stores)
+    return Maps(shape, hr, lr, skipped, keys)
+
+
+def _without(rows: StoredRows, skipped: Collection[str]) -> StoredRows:
+    """Rows without some images; parts that have none of these stay on disk."""
+    if not any(name in skipped for name in rows.ids):
+        return rows
+    parts, start = [], 0
+    for part in rows.parts:
+        ids = rows.ids[start : start + len(part)]
+        start += len(part)
+        kept = [row for row, name in enumerate(ids) if name not in skipped]
+        if kept:
+            parts.append(part if len(kept) == len(ids) else part[kept])
+    ids = tuple(name for name in rows.ids if name not in skipped)
+    return StoredRows(ids, parts, rows.skipped)
 
 
 def open_rest(
@@ -256,7 +300,8 @@ def open_rest(
     if precision == "auto":
         fast = bf16_is_fast(torch.device("cpu") if like is None else like.device)
         precision = "bf16" if fast else "fp32"
-    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    chance = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, size, size, generator=chance, device="cpu")
     if like is not None:
         image = image.to(like.device, like.dtype)
     rest = Rest(model, stage, pooled, image, precision)
@@ -286,19 +331,20 @@ class _Views:
     def order(self, generator: torch.Generator) -> Tensor:
         count, views = len(self.images), len(self.maps.lr)
         shares = [count] * views + [round(count * self.hr_share)]
+        shuffled = partial(torch.randperm, generator=generator, device="cpu")
         chosen = [
-            (view * self.variants) * self.total
-            + self.images[torch.randperm(count, generator=generator)[:share]]
+            (view * self.variants) * self.total + self.images[shuffled(count)[:share]]
             for view, share in enumerate(shares)
         ]
         rows = torch.cat(chosen)
         if self.vary:
-            rows += self.total * torch.randint(self.variants, rows.shape, generator=generator)
-        return rows[torch.randperm(len(rows), generator=generator)]
+            which = torch.randint(self.variants, rows.shape, generator=generator, device="cpu")
+            rows += self.total * which
+        return rows[shuffled(len(rows))]
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         kinds, images = indices // self.total, indices % self.total
-        maps = torch.empty(len(indices), *self.maps.shape)
+        maps = torch.empty(len(indices), *self.maps.shape, device="cpu")
         for kind in kinds.unique().tolist():
             mine = kinds == kind
             view, variant = divmod(kind, self.variants)
@@ -318,6 +364,8 @@ class DeepFit:
         lr: of LR views without blocks, of the images as they are, a degradation each.
         hr_through: of HR views through the blocks, of the images and of their mirror images.
         lr_through: of LR views, the same, a degradation each.
+        checkpoint: the file that training would go on from, wanted until the blocks are attached;
+            None where there is none.
     """
 
     blocks: dict[str, FeatureTransferBlock]
@@ -327,6 +375,7 @@ class DeepFit:
     lr: list[Tensor]
     hr_through: list[Tensor]
     lr_through: list[list[Tensor]]
+    checkpoint: Path | None
 
 
 def train_blocks(
@@ -359,7 +408,8 @@ def train_blocks(
         seed: of the clusters and of the order of rows.
         recipe: by default `BLOCK_RECIPE`.
         hr_share: of the images, the share that each epoch sees as HR images too.
-        checkpoint: from a key of all that training hangs on to a file; none: cannot be resumed.
+        checkpoint: from a key of all that training hangs on to a file, that stays; none: cannot be
+            resumed.
         callback: called after each epoch.
 
     Raises:
@@ -380,21 +430,20 @@ def train_blocks(
     trainer = PseudoLabelTrainer(rest, recipe, objective=goal, seed=seed)
     path = None
     if checkpoint is not None:
-        path = checkpoint(
-            _key(
-                [*hr, *lr, train, *(part.centroids for part in clusterings)],
-                [objective, *(block.config for block in blocks.values())],
-                recipe,
-                seed,
-                hr_share,
-            )
-        )
+        tensors = [*hr, *lr, train, test, *(part.centroids for part in clusterings)]
+        said = [
+            maps.keys,
+            [[plan.module, plan.place.outputs, plan.layout] for plan in plans],
+            [rest.pooled.name, rest.pooled.inputs, rest.pooled.outputs, rest.pooled.layout],
+            [blocks[plan.module].config for plan in plans],
+            [objective, recipe.to_dict(), seed, hr_share, WHOLE, PROBE],
+            [rest.precision, next(rest.parameters()).device.type, software_versions()],
+        ]
+        path = checkpoint(_key(tensors, said))
     log = trainer.fit_rows(rows, held_out=judged, checkpoint=path, callback=callback)
     rest.eval()
     through = [[features_of(rest, maps, rows) for rows in view[:WHOLE]] for view in maps.views]
-    if path is not None:
-        path.unlink(missing_ok=True)
-    return DeepFit(dict(blocks), log, clusterings, hr[:WHOLE], lr, through[-1], through[:-1])
+    return DeepFit(dict(blocks), log, clusterings, hr[:WHOLE], lr, through[-1], through[:-1], path)
 
 
 @torch.no_grad()
@@ -404,7 +453,7 @@ def features_of(rest: Rest, maps: Maps, rows: StoredRows, batch: int = 128) -> T
     return torch.cat(
         [
             rest(maps.take(rows, part).to(device, torch.float32)).cpu()
-            for part in torch.arange(len(rows)).split(batch)
+            for part in torch.arange(len(rows), device="cpu").split(batch)
         ]
     )
 
@@ -429,7 +478,8 @@ def estimate_seconds(rest: Rest, shape: tuple[int, ...], recipe: Recipe, rows: i
     """
     device = next(rest.parameters()).device
     count = min(recipe.batch_size, rows)
-    maps = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    chance = torch.Generator().manual_seed(0)
+    maps = torch.randn(count, *shape, generator=chance, device="cpu").to(device)
     took = 0.0
     for _ in range(2):
         start = time.perf_counter()
@@ -459,16 +509,9 @@ def epoch_rows(images: int, degradations: int, hr_share: float = HR_SHARE) -> in
     return images * degradations + round(images * hr_share)
 
 
-def _key(
-    tensors: Sequence[Tensor],
-    configs: Sequence[object],
-    recipe: Recipe,
-    seed: int,
-    hr_share: float,
-) -> str:
-    digest = hashlib.sha256()
+def _key(tensors: Sequence[Tensor], said: object) -> str:
+    """A hash of tensors and of JSON types."""
+    digest = hashlib.sha256(json.dumps(said).encode())
     for tensor in tensors:
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    said = [list(configs), recipe.to_dict(), seed, hr_share, torch.__version__]
-    digest.update(json.dumps(said).encode())
     return digest.hexdigest()[:32]

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,16 +219,17 @@ class Views:
         """Indices of an epoch: `2 * (view * len(images) + image) + mirrored`."""
         count, total = len(self.chosen), len(self.images)
         shares = [count] * len(self.degradations) + [round(count * self.hr_share)]
+        shuffled = partial(torch.randperm, generator=generator, device="cpu")
         rows = torch.cat(
             [
-                view * total + self.chosen[torch.randperm(count, generator=generator)[:share]]
+                view * total + self.chosen[shuffled(count)[:share]]
                 for view, share in enumerate(shares)
             ]
         )
         rows = 2 * rows
         if self.vary:
-            rows += torch.randint(2, rows.shape, generator=generator)
-        return rows[torch.randperm(len(rows), generator=generator)]
+            rows += torch.randint(2, rows.shape, generator=generator, device="cpu")
+        return rows[shuffled(len(rows))]
 
     def take(self, indices: Tensor) -> tuple[Batch, Seen]:
         """Images of these rows, and what the plain detector sees of their HR views."""
@@ -350,7 +352,7 @@ def _report(rows: Views, view: int) -> HeldOutPairs | None:
     found: list[list[Tensor]] = [[], [], [], []]
     for image in rows.chosen.tolist():
         for start, kind in ((0, view), (2, len(rows.degradations))):
-            batch, wanted = rows.take(torch.tensor([2 * (kind * total + image)]))
+            batch, wanted = rows.take(torch.tensor([2 * (kind * total + image)], device="cpu"))
             if wanted.boxes is None and hasattr(pyramid.host, "roi_heads"):
                 continue
             with disabled(pyramid.host):
@@ -361,7 +363,8 @@ def _report(rows: Views, view: int) -> HeldOutPairs | None:
         return None
     lr, lr_after, hr, hr_after = (torch.cat(part) for part in found)
     if len(hr) > REPORTED:
-        chosen = torch.randperm(len(hr), generator=torch.Generator().manual_seed(0))[:REPORTED]
+        chance = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(len(hr), generator=chance, device="cpu")[:REPORTED]
         lr, lr_after, hr, hr_after = (part[chosen] for part in (lr, lr_after, hr, hr_after))
     directions = nn.functional.normalize(hr, dim=1)
     centroids = kmeans(directions, max(1, min(100, len(hr) // 10)), seed=0).centroids
@@ -406,7 +409,7 @@ def _prepare(
     features: list[Tensor] = []
     for image in probe.tolist():
         for view in range(len(rows.degradations) + 1):
-            batch, seen = rows.take(torch.tensor([2 * (view * total + image)]))
+            batch, seen = rows.take(torch.tensor([2 * (view * total + image)], device="cpu"))
             for place in places:
                 found = take_enabled_feature(pyramid.host, place, batch.images)
                 channels_last = blocks[place.name].layout == "nhwc"
@@ -424,7 +427,7 @@ def _prepare(
     if not bool((variances > 0).all()):
         raise ValueError("images: the detector's maps of them do not vary")
     of_boxes = None
-    boxes = torch.cat(features) if features else torch.empty(0, 0)
+    boxes = torch.cat(features) if features else torch.empty(0, 0, device="cpu")
     if len(boxes) >= 2 and float(boxes.var(0).sum()) > 0:
         k = max(1, min(clusters, len(boxes) // 10))
         centroids = kmeans(nn.functional.normalize(boxes, dim=1), k, seed=seed).centroids

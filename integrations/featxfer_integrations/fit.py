@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,35 +38,45 @@ from featxfer import (
     unpaired_targets,
 )
 from featxfer._checks import check_choice, check_integer
-from featxfer.features import default_cache, fill_stores, software_versions
+from featxfer.features import Features, default_cache, fill_stores, software_versions
 from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
 from featxfer.labels import Clustering
+from featxfer.store import Rows, align
 from featxfer.unpaired import require_pot
 from featxfer_integrations._attach import (
     CHILD,
     AttachError,
     Place,
     attached_at,
-    channel_axis,
     check_host,
     gives_clusters,
     host_parameter,
     is_attached,
+    pooled_feature,
     take_feature,
     transfers_of,
+    with_layout,
 )
 from featxfer_integrations._fitting import (
+    HELD_OUT,
+    MINUTES,
+    OBJECTIVE,
+    WITHOUT_CLUSTERS,
     TransferFit,
+    check_readable,
     duration,
     epochs,
+    libraries,
     put,
+    refuse_void,
     reports,
     split,
     tell,
     warn_if_useless,
 )
 from featxfer_integrations.attach import (
+    INPUT_SIZE,
     backbone_sha256,
     detector_host,
     find_place,
@@ -90,6 +98,11 @@ from featxfer_integrations.deep import (
 )
 
 DEPTHS = ("auto", "pooled", "deep")
+UNPAIRED_DEFAULT = "transport"
+BATCH_SIZE = 64
+LR_SIZE = 32
+"""Side of the small image by default, pixels; less where the model's own images are smaller."""
+
 D = TypeVar("D", bound=BaseDegradation)
 
 
@@ -102,18 +115,18 @@ def fit_transfer(
     where: str | None = None,
     at: str | Sequence[str] | None = None,
     clusters: int | Sequence[int] | None = None,
-    objective: str = "prototypes",
+    objective: str | None = None,
     warm_start: bool = False,
     lr_images: ImageSource | None = None,
-    unpaired: str = "transport",
+    unpaired: str | None = None,
     recipe: Recipe | None = None,
     block_recipe: Recipe | None = None,
     crops: int | None = None,
-    minutes: float = 30.0,
-    held_out: float = 0.1,
+    minutes: float | None = None,
+    held_out: float | None = None,
     preprocessing: Preprocessing | None = None,
     cache: str | Path | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     precision: str = "auto",
     on_error: str = "raise",
     seed: int = 0,
@@ -144,12 +157,16 @@ def fit_transfer(
     is trained: blocks first, then heads on what comes through them. `where="boxes"` trains heads
     alone, on what blocks that are attached give, and leaves the blocks as they are.
 
+    An argument that cannot have an effect is refused: `crops` with depth "pooled" for one. With
+    depth "auto" that may be known only once the time is estimated; nothing is trained by then.
+
     Args:
         model: as `attach_transfer` takes it.
         images: a folder, an ImageFolder tree, a list of files or a map-style Dataset, see
             `featxfer.open_images`; 100 images at the least make sense, labels are not looked at.
-        degradation: how LR views are made, by default `Degradation()`, of detectors
-            `ScaledDegradation()`; several are served by one head.
+        degradation: how LR views are made, by default `Degradation(s, 32)` with s the size that the
+            model is made for, 224 where it does not say; of detectors `ScaledDegradation()`.
+            Several are served by one head.
         depth: "pooled": a head alone; "deep": blocks, and the head that is attached; "auto": deep
             where the model has a stage of maps for it, nothing else was asked for, and the estimate
             of the training time is within `minutes`.
@@ -162,35 +179,42 @@ def fit_transfer(
         clusters: k; by default 100, or a tenth of the images where these are fewer than 1,000; an
             attached head with output "clusters" keeps its own. Several: as many clusterings, all
             of which teach; the head keeps the first one's centroids.
-        objective: a name of `featxfer.OBJECTIVES`, for heads with output "features" and blocks.
+        objective: a name of `featxfer.OBJECTIVES`, for heads with output "features" and blocks; by
+            default "prototypes".
         warm_start: whether the head begins with what ridge regression finds.
         lr_images: real LR images, of which no HR image is at hand, in the place of a degradation:
-            they need not show what `images` show. They are resized to the model's size and the
-            head is trained towards targets that are made without pairs; depth "pooled" alone.
-        unpaired: how: a name of `featxfer.UNPAIRED`. Used with `lr_images`.
+            they need not show what `images` show. They are resized to the degradation's hr_size
+            and the head is trained towards targets that are made without pairs; depth "pooled"
+            alone, and nothing is held out.
+        unpaired: how: a name of `featxfer.UNPAIRED`, by default "transport"; with `lr_images`.
         recipe: by default `FEATURES_RECIPE`, or the paper's `Recipe()` for output "clusters"; for a
             detector `fit_detector.BOX_RECIPE`.
         block_recipe: by default `BLOCK_RECIPE`; for a detector `detector_blocks.DETECTOR_RECIPE`.
         crops: of each image, for blocks: random crops that are trained on besides the image and its
             mirror image, as many maps more in the cache; by default as many as bring the views of
             all images to about 10,000, 4 at the most.
-        minutes: of depth "auto": the longest that blocks may train.
-        held_out: share of the images, in [0, 1), that is left out of training for the report. For
-            blocks they also tell, without labels, which epoch's weights are best, so the report of
-            blocks is a little better than other images would have it.
+        minutes: of depth "auto": the longest that blocks may train, by default 30.
+        held_out: share of the images, in [0, 1), that is left out of training for the report, by
+            default 0.1. For blocks they also tell, without labels, which epoch's weights are best,
+            so the report of blocks is a little better than other images would have it.
         preprocessing: by default what the model says (timm) or ImageNet's mean and std.
         cache: folder for features; by default `$FEATXFER_CACHE` or `~/.cache/featxfer`.
-        batch_size: images a forward pass; detectors take them one by one.
+        batch_size: images a forward pass, by default 64; not for detectors, which take them one by
+            one.
         precision: "fp32", or "bf16" for autocast; "auto": "bf16" for maps and blocks where the
-            hardware multiplies in it, "fp32" for the rest.
-        on_error: "raise" at an image that cannot be read, or "skip" it and list it.
+            hardware multiplies in it, "fp32" for the rest. Of a detector's heads "fp32" alone.
+        on_error: "raise" at an image that cannot be read, or "skip" it and list it: what is skipped
+            in one view is left out of all.
         seed: of the clusters, the head, the order of rows and the choice of held-out images.
 
     Raises:
         AttachError: as `attach_transfer`; with depth "deep" no stage of maps that a block fits,
             or a feature that hangs on more than these maps; blocks are attached elsewhere, which
-            what is trained now would not know of.
-        ValueError: bad arguments, features without variance, more clusters than images.
+            what is trained now would not know of; a model that does not run on RGB images of the
+            degradation's size (one that takes one channel needs a module around it that makes it of
+            three), or a feature that is neither a vector nor maps.
+        ValueError: bad arguments, arguments without effect, features without variance, more
+            clusters than images.
         ImageError, FileNotFoundError, StoreError, DiskError: as `open_images` and
             `extract_features`.
         DivergenceError: the loss became infinite.
@@ -201,29 +225,36 @@ def fit_transfer(
     check_choice("precision", precision, ("auto", "fp32", "bf16"))
     check_choice("on_error", on_error, ("raise", "skip"))
     _check_settings(held_out, minutes, recipe=recipe, block_recipe=block_recipe)
-    if crops is not None:
-        check_integer("crops", crops, at_least=0)
+    for name, number in (("crops", crops), ("batch_size", batch_size)):
+        if number is not None:
+            check_integer(name, number, at_least=0 if name == "crops" else 1)
     counts = (clusters,) if isinstance(clusters, int | str | None) else tuple(clusters)
-    _check_clusters(counts)
+    _check_clusters(counts, objective)
+    if depth != "auto":
+        refuse_void(f"it is of depth='auto', not {depth!r}", minutes=minutes)
+    if lr_images is None:
+        refuse_void("it is of lr_images, of which there are none", unpaired=unpaired)
     cache = Path(cache or default_cache())
+    share = HELD_OUT if held_out is None else held_out
     if detector_host(model) is not None:
         from featxfer_integrations.fit_detector import DetectorTask, fit_detector
 
-        check_choice("objective", objective, OBJECTIVES)
-        for name, value in (
-            ("lr_images", lr_images),
-            ("crops", crops),
-            ("preprocessing", preprocessing),
-        ):
-            if value is not None:
-                raise ValueError(f"{name}: got {value!r}, which is not for detectors")
+        refuse_void(
+            "it is not for detectors",
+            lr_images=lr_images,
+            crops=crops,
+            preprocessing=preprocessing,
+            batch_size=batch_size,
+        )
         if len(counts) > 1:
             raise ValueError(f"clusters: got {counts}, wanted one number for a detector")
         of_detector = fit_detector(
             DetectorTask(
                 model=model,
                 images=open_images(images),
-                views=_views(degradation, ScaledDegradation),
+                views=_views(
+                    ScaledDegradation() if degradation is None else degradation, ScaledDegradation
+                ),
                 depth=depth,
                 where=where,
                 at=at,
@@ -233,7 +264,7 @@ def fit_transfer(
                 recipe=recipe,
                 block_recipe=block_recipe,
                 minutes=minutes,
-                held_out=held_out,
+                held_out=share,
                 cache=cache,
                 precision=precision,
                 on_error=on_error,
@@ -243,58 +274,85 @@ def fit_transfer(
         warn_if_useless(of_detector)
         return of_detector
     place = _place(model, where)
+    backbone = host_backbone(model, place, preprocessing)
+    if degradation is None:
+        degradation = _own_view(model, backbone.preprocessing)
     views = _views(degradation, Degradation)
-    names = (objective, unpaired, None if lr_images is None else depth)
-    _check_objective(*names, attached_at(model, place))
+    of_blocks = {"block_recipe": block_recipe, "crops": crops}
+    if lr_images is not None:
+        of_pairs = {"minutes": minutes, "held_out": held_out, "at": at}
+        refuse_void("lr_images train a head alone, without pairs", **of_pairs, **of_blocks)
+        _check_unpaired(unpaired or UNPAIRED_DEFAULT, depth, len(views), attached_at(model, place))
+    if depth == "auto" and where is not None:
+        why = "where= with depth='auto' trains a head alone; for blocks say depth='deep'"
+        refuse_void(why, at=at, minutes=minutes)
+    _check_attached(attached_at(model, place), counts, objective, warm_start)
     plans = [] if lr_images is not None else plan_blocks(model, place, depth, where, at)
+    if not plans:
+        refuse_void("a head alone is trained here", at=at, **of_blocks)
+    elif depth == "deep":
+        _check_on_top(model, place, recipe, warm_start)
     _check_other_blocks(model, plans)
-    opened = open_images(images)
+    place = _placed(model, place, views[0].hr_size)
     task = _Task(
         model=model,
         place=place,
-        backbone=host_backbone(model, place, preprocessing),
-        images=opened,
+        backbone=dataclasses.replace(backbone, module=FeatureAt(model, place)),
+        images=open_images(images),
         views=views,
+        at=at,
         clusters=counts,
-        objective=objective,
+        objective=objective or OBJECTIVE,
         warm_start=warm_start,
-        lr_images=None if lr_images is None else (open_images(lr_images), unpaired),
-        held_out=held_out,
+        lr_images=(
+            None if lr_images is None else (open_images(lr_images), unpaired or UNPAIRED_DEFAULT)
+        ),
+        recipe=recipe,
+        block_recipe=block_recipe,
+        crops=crops,
+        minutes=(MINUTES if minutes is None else minutes) if depth == "auto" else None,
+        held_out=share,
         seed=seed,
         cache=cache,
         precision=precision,
-        options={"batch_size": batch_size, "on_error": on_error},
+        options={"batch_size": BATCH_SIZE if batch_size is None else batch_size},
+        on_error=on_error,
     )
-    trained = None
-    if plans:
-        longest = minutes if depth == "auto" else None
-        trained = _fit_deep(task, plans, recipe, block_recipe, crops, longest)
+    trained = _fit_deep(task, plans) if plans else None
     if trained is None:
         _check_other_blocks(model, [])
-        trained = _fit_pooled(task, recipe)
+        trained = _fit_pooled(task)
     for module, modules_place in trained.modules:
         put(model, modules_place, module)
+    if trained.checkpoint is not None:
+        trained.checkpoint.unlink(missing_ok=True)
     warn_if_useless(trained.fit)
     return trained.fit
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What a fit is asked for, after all checks."""
+    """What a fit is asked for, after all checks; `minutes` is None where blocks have to be."""
 
     model: nn.Module
     place: Place
     backbone: Backbone
     images: Images
     views: Sequence[Degradation]
+    at: str | Sequence[str] | None
     clusters: tuple[int | None, ...]
     objective: str
     warm_start: bool
     lr_images: tuple[Images, str] | None
+    recipe: Recipe | None
+    block_recipe: Recipe | None
+    crops: int | None
+    minutes: float | None
     held_out: float
     seed: int
     cache: Path
     precision: str
+    on_error: str
     options: dict[str, Any]
 
     @property
@@ -335,32 +393,38 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Trained:
-    """The report, and what goes where."""
+    """The report, what goes where, and the checkpoint that is needed until it is there."""
 
     fit: TransferFit
     modules: list[tuple[TransferModule, Place]]
+    checkpoint: Path | None = None
 
 
-def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
+def _fit_pooled(task: _Task) -> _Trained:
     """A head alone, on features after pool5."""
     if task.lr_images is not None:
-        return _fit_unpaired(task, recipe, *task.lr_images)
+        return _fit_unpaired(task, *task.lr_images)
     precision = task.pooled_precision
-    features = [
-        extract_features(
-            task.backbone,
-            task.images,
-            view,
-            task.cache / "features",
-            precision=precision,
-            **task.options,
-        )
-        for view in task.views
-    ]
+    features = _of_the_same_images(
+        [
+            extract_features(
+                task.backbone,
+                task.images,
+                view,
+                task.cache / "features",
+                precision=precision,
+                on_error=task.on_error,
+                **task.options,
+            )
+            for view in task.views
+        ]
+    )
+    skipped = {name: reason for part in features for name, reason in part.skipped.items()}
+    check_readable("images", skipped, len(task.images), task.on_error)
     hr, lr = features[0].hr, [part.lr for part in features]
     train, test = split(len(hr), task.held_out, task.seed)
     head = _new_head(task, hr.shape[1], len(train))
-    recipe = recipe or (FEATURES_RECIPE if head.output == "features" else Recipe())
+    recipe = task.recipe or (FEATURES_RECIPE if head.output == "features" else Recipe())
     clusterings = _clusterings(task, head, hr[train])
     log = _train(task, head, hr[train], [rows[train] for rows in lr], recipe, clusterings)
     clustering = clusterings[0]
@@ -373,7 +437,7 @@ def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
         ],
         reports(hr[test], [rows[test] for rows in lr], through, clustering),
         len(train),
-        features[0].skipped,
+        skipped,
     )
     head.card = task.card(
         fit,
@@ -385,14 +449,21 @@ def _fit_pooled(task: _Task, recipe: Recipe | None) -> _Trained:
     return _Trained(fit, [(head, task.place)])
 
 
-def _fit_deep(
-    task: _Task,
-    plans: Sequence[BlockPlan],
-    recipe: Recipe | None,
-    block_recipe: Recipe | None,
-    crops: int | None,
-    minutes: float | None,
-) -> _Trained | None:
+def _of_the_same_images(features: Sequence[Features]) -> list[Features]:
+    """Of several degradations: without the images that one of them lacks, so that rows pair up."""
+    if all(part.ids == features[0].ids for part in features):
+        return list(features)
+    known = set(features[0].ids).intersection(*(part.ids for part in features[1:]))
+    kept = []
+    for part in features:
+        rows = [row for row, name in enumerate(part.ids) if name in known]
+        ids = tuple(part.ids[row] for row in rows)
+        kept.append(dataclasses.replace(part, ids=ids, hr=part.hr[rows], lr=part.lr[rows]))
+    align([Rows(part.ids, part.hr) for part in kept])
+    return kept
+
+
+def _fit_deep(task: _Task, plans: Sequence[BlockPlan]) -> _Trained | None:
     """Blocks through the frozen layers behind them, then the head, if one is attached.
 
     None where training would take longer than it may.
@@ -401,23 +472,24 @@ def _fit_deep(
     try:
         rest, shape = open_rest(model, first, task.place, view.hr_size, task.precision)
     except AttachError as error:
-        if minutes is None:
+        if task.minutes is None:
             raise
-        tell(f"a head alone: {error}")
+        _give_blocks_up(task, str(error))
         return None
     blocks = new_blocks(model, plans, task.seed)
     for plan in plans:
         rest.attach(plan.place, blocks[plan.module])
-    block_recipe = block_recipe or BLOCK_RECIPE
+    block_recipe = task.block_recipe or BLOCK_RECIPE
     kept = len(split(len(task.images), task.held_out, task.seed)[0])
     seconds = estimate_seconds(rest, shape, block_recipe, epoch_rows(kept, len(task.views)))
-    if minutes is not None and seconds > 60 * minutes:
-        tell(
-            f"a head alone: blocks would train for about {duration(seconds)}, "
-            f"over minutes={minutes:g}"
+    if task.minutes is not None and seconds > 60 * task.minutes:
+        _give_blocks_up(
+            task,
+            f"blocks would train for about {duration(seconds)}, over minutes={task.minutes:g}",
         )
         return None
-    crops = enough_crops(len(task.images)) if crops is None else crops
+    _check_on_top(model, task.place, task.recipe, task.warm_start)
+    crops = enough_crops(len(task.images)) if task.crops is None else task.crops
     size = maps_bytes(shape, len(task.images), len(task.views), crops, rest.precision)
     tell(
         f"training blocks takes about {duration(seconds)}, after their maps are taken: "
@@ -431,6 +503,7 @@ def _fit_deep(
         shape,
         crops=crops,
         precision=rest.precision,
+        on_error=task.on_error,
         **task.options,
     )
     train, test = split(len(maps.hr[0]), task.held_out, task.seed)
@@ -452,8 +525,8 @@ def _fit_deep(
     modules: list[tuple[TransferModule, Place]] = [(blocks[p.module], p.place) for p in plans]
     through = [pair[0][test] for pair in (*deep.lr_through, deep.hr_through)]
     log: list[EpochLog] = []
+    recipe = task.recipe or FEATURES_RECIPE
     if attached_at(model, task.place) is not None:
-        recipe = recipe or FEATURES_RECIPE
         head, log = _fit_on_top(task, deep, train, recipe)
         through = [head.transfer(rows) for rows in through]
         modules.append((head, task.place))
@@ -463,7 +536,7 @@ def _fit_deep(
         [diagnose(hr[train], rows[train], deep.clusterings[0].centroids) for rows in deep.lr],
         reports(hr[test], [rows[test] for rows in deep.lr], through, deep.clusterings[0]),
         len(train),
-        dict(maps.hr[0].skipped),
+        dict(maps.skipped),
         "deep",
         deep.log,
     )
@@ -477,7 +550,6 @@ def _fit_deep(
             at=plan.module,
         )
     if log:
-        assert recipe is not None
         head.card = task.card(
             fit,
             log,
@@ -486,7 +558,25 @@ def _fit_deep(
             precision=rest.precision,
             after=[plan.module for plan in plans],
         )
-    return _Trained(fit, modules)
+    return _Trained(fit, modules, deep.checkpoint)
+
+
+def _give_blocks_up(task: _Task, reason: str) -> None:
+    """Says why a head alone is trained; `ValueError` where the caller asks for more of blocks."""
+    asked = {"at": task.at, "block_recipe": task.block_recipe, "crops": task.crops}
+    refuse_void(f"a head alone would be trained, since {reason}; say depth='deep'", **asked)
+    tell(f"a head alone: {reason}")
+
+
+def _check_on_top(model: nn.Module, place: Place, recipe: Recipe | None, warm_start: bool) -> None:
+    """Raises `ValueError` for what is of a head where blocks are trained and no head is there."""
+    if attached_at(model, place) is None:
+        refuse_void(
+            "blocks are trained, and no head is attached; attach_transfer(model) puts one there, "
+            "depth='pooled' trains a head alone",
+            recipe=recipe,
+            warm_start=warm_start or None,
+        )
 
 
 def _fit_on_top(
@@ -501,7 +591,7 @@ def _fit_on_top(
     return head, _train(task, head, wanted, given, recipe, deep.clusterings)
 
 
-def _fit_unpaired(task: _Task, recipe: Recipe | None, lr_images: Images, unpaired: str) -> _Trained:
+def _fit_unpaired(task: _Task, lr_images: Images, unpaired: str) -> _Trained:
     """A head alone, on the features of LR images that have no HR image."""
     precision, view = task.pooled_precision, task.views[0]
     rows = [
@@ -512,13 +602,18 @@ def _fit_unpaired(task: _Task, recipe: Recipe | None, lr_images: Images, unpaire
             task.cache / "features",
             precision=precision,
             views=["hr"],
+            on_error=task.on_error,
             **task.options,
         )["hr"].read()
         for images in (task.images, lr_images)
     ]
+    for name, part, images in zip(
+        ("images", "lr_images"), rows, (task.images, lr_images), strict=True
+    ):
+        check_readable(name, part.skipped, len(images), task.on_error)
     hr, lr = (part.features.float() for part in rows)
     head = _new_head(task, hr.shape[1], len(hr))
-    recipe = recipe or FEATURES_RECIPE
+    recipe = task.recipe or FEATURES_RECIPE
     clusterings = _clusterings(task, head, hr)
     targets = unpaired_targets(unpaired, hr, lr, clusterings[0])
     with epochs(recipe, "training the head") as advance:
@@ -567,10 +662,9 @@ def host_backbone(
     if preprocessing is None:
         preprocessing = Preprocessing() if host is None else host.preprocessing(model)
     name = type(model).__name__ if host is None else host.model_name(model)
-    library = type(model).__module__.partition(".")[0]
-    with suppress(PackageNotFoundError):
-        library = f"{library} {version(library)}"
-    return _HostBackbone(FeatureAt(model, place), preprocessing, name, "the model's own", library)
+    return _HostBackbone(
+        FeatureAt(model, place), preprocessing, name, "the model's own", libraries(model)
+    )
 
 
 class FeatureAt(nn.Module):
@@ -582,14 +676,18 @@ class FeatureAt(nn.Module):
         self.place = place
 
     def forward(self, images: Tensor) -> Tensor:
-        """What arrives at the place when the model runs."""
+        """What arrives at the place when the model runs.
+
+        Where channels are in maps is asked once, of a square image: others may not tell.
+        """
         like = host_parameter(self.model)
-        feature = take_feature(
-            self.model, self.place, images if like is None else images.to(like.dtype)
-        )
-        if feature.ndim == 4:
-            return feature.mean((2, 3) if channel_axis(tuple(feature.shape)) == 1 else (1, 2))
-        return feature
+        images = images if like is None else images.to(like.dtype)
+        feature = take_feature(self.model, self.place, images)
+        if feature.ndim == 4 and self.place.layout is None:
+            side = min(images.shape[2:])
+            square = images.new_zeros(1, images.shape[1], side, side)
+            self.place = with_layout(self.model, self.place, square)
+        return pooled_feature(feature, self.place)
 
 
 class _HostBackbone(Backbone):
@@ -627,12 +725,34 @@ def _place(model: nn.Module, where: str | None) -> Place:
     return place
 
 
-def _views(
-    degradation: BaseDegradation | Sequence[BaseDegradation] | None, kind: type[D]
-) -> list[D]:
+def _placed(model: nn.Module, place: Place, size: int) -> Place:
+    """The place with its layout; `AttachError` where such an image gives no feature."""
+    like = host_parameter(model)
+    image = torch.zeros(1, 3, size, size, device="cpu")
+    image = image if like is None else image.to(like.device, like.dtype)
+    try:
+        return with_layout(model, dataclasses.replace(place, layout=None), image)
+    except AttachError:
+        raise
+    except Exception as error:  # whatever a foreign model raises
+        raise AttachError(
+            f"degradation: the model does not run on an RGB image of {size} x {size} "
+            f"({type(error).__name__}: {error}); set hr_size to a size that it takes, and put a "
+            "module around one that takes other than 3 channels"
+        ) from error
+
+
+def _own_view(model: nn.Module, preprocessing: Preprocessing) -> Degradation:
+    """Of the size that the model is made for."""
+    host = host_of(model)
+    size = preprocessing.input_size
+    if size is None:
+        size = INPUT_SIZE if host is None else host.input_size(model)
+    return Degradation(hr_size=size, lr_size=min(LR_SIZE, size))
+
+
+def _views(degradation: BaseDegradation | Sequence[BaseDegradation], kind: type[D]) -> list[D]:
     """Degradations of one kind and, where they have a size, of one size."""
-    if degradation is None:
-        return [kind()]
     if not isinstance(degradation, BaseDegradation | Sequence):
         raise TypeError(f"degradation: got {degradation!r}, wanted a {kind.__name__} or several")
     several = [degradation] if isinstance(degradation, BaseDegradation) else list(degradation)
@@ -648,36 +768,68 @@ def _views(
     return views
 
 
-def _check_settings(held_out: float, minutes: float, **recipes: Recipe | None) -> None:
-    if not isinstance(held_out, int | float) or not 0 <= held_out < 1:
+def _check_settings(
+    held_out: float | None, minutes: float | None, **recipes: Recipe | None
+) -> None:
+    if held_out is not None and not (isinstance(held_out, int | float) and 0 <= held_out < 1):
         raise ValueError(f"held_out: got {held_out!r}, wanted a share in [0, 1)")
-    if not isinstance(minutes, int | float) or not minutes > 0:
+    if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
         raise ValueError(f"minutes: got {minutes!r}, wanted > 0")
     for name, recipe in recipes.items():
         if not isinstance(recipe, Recipe | None):
             raise TypeError(f"{name}: got {type(recipe).__name__}, wanted a Recipe")
 
 
-def _check_clusters(clusters: Sequence[int | None]) -> None:
+def _check_clusters(clusters: Sequence[int | None], objective: str | None) -> None:
+    check_choice("objective", objective or OBJECTIVE, OBJECTIVES)
     if not clusters:
         raise ValueError("clusters: got none, wanted at least one number")
     for count in clusters:
         if count is not None:
             check_integer("clusters", count, at_least=1)
+    if len(clusters) > 1 and objective in WITHOUT_CLUSTERS:
+        raise ValueError(
+            f"clusters: got {', '.join(map(str, clusters))} with objective={objective!r}, which "
+            "looks at none; wanted one number, for the report"
+        )
 
 
-def _check_objective(
-    objective: str, unpaired: str, depth: str | None, attached: TransferModule | None
+def _check_unpaired(
+    unpaired: str, depth: str, degradations: int, attached: TransferModule | None
 ) -> None:
-    """`depth` is None where images are paired."""
-    check_choice("objective", objective, OBJECTIVES)
+    """Of fits with `lr_images`."""
     check_choice("unpaired", unpaired, UNPAIRED)
     if depth == "deep":
         raise ValueError("lr_images: got some with depth='deep', which needs pairs")
-    if attached is not None and gives_clusters(attached) and depth is not None:
+    if degradations > 1:
+        raise ValueError(
+            f"degradation: got {degradations} with lr_images, which take its hr_size alone; "
+            "wanted one"
+        )
+    if attached is not None and gives_clusters(attached):
         raise AttachError('lr_images: a head with output "clusters" is attached, wanted "features"')
-    if depth is not None and unpaired == "transport":
+    if unpaired == "transport":
         require_pot()
+
+
+def _check_attached(
+    attached: TransferModule | None,
+    clusters: Sequence[int | None],
+    objective: str | None,
+    warm_start: bool,
+) -> None:
+    """Raises `ValueError` for what a head with output "clusters" cannot follow."""
+    if attached is None or not gives_clusters(attached):
+        return
+    refuse_void(
+        'the attached head has output "clusters" and is trained on pseudo-labels',
+        objective=objective,
+        warm_start=warm_start or None,
+    )
+    k = attached.config["clusters"]
+    if tuple(clusters) not in ((None,), (k,)):
+        got = ", ".join(map(str, clusters))
+        raise ValueError(f"clusters: got {got}, the attached head gives {k} logits")
 
 
 def _check_other_blocks(model: nn.Module, plans: Sequence[BlockPlan]) -> None:
@@ -704,9 +856,6 @@ def _new_head(task: _Task, width: int, images: int) -> FeatureTransferHead:
     k = task.ks(images)[0]
     if config.get("output") == "clusters":
         k = config["clusters"]
-        if task.clusters not in ((None,), (k,)):
-            got = ", ".join(map(str, task.clusters))
-            raise ValueError(f"clusters: got {got}, the attached head gives {k} logits")
     return FeatureTransferHead(**{**config, "in_features": width, "clusters": k}, seed=task.seed)
 
 

@@ -42,11 +42,16 @@ from featxfer_integrations._attach import (
     transfers_of,
 )
 from featxfer_integrations._fitting import (
+    MINUTES,
+    OBJECTIVE,
+    WITHOUT_CLUSTERS,
     HeldOutPairs,
     TransferFit,
     duration,
     epochs,
+    libraries,
     put,
+    refuse_void,
     reports,
     split,
     tell,
@@ -81,11 +86,11 @@ class DetectorTask:
         where: as of `attach_transfer`, or None.
         at: as of `fit_transfer`.
         clusters: k, or None.
-        objective: a name of `featxfer.OBJECTIVES`.
+        objective: a name of `featxfer.OBJECTIVES`, or None.
         warm_start: of heads, as of `fit_transfer`.
         recipe: of heads.
         block_recipe: of blocks.
-        minutes: of depth "auto": the longest that blocks may train.
+        minutes: of depth "auto": the longest that blocks may train, or None.
         held_out: share of the images.
         cache: folder.
         precision: as of `fit_transfer`.
@@ -100,11 +105,11 @@ class DetectorTask:
     where: str | None
     at: str | Sequence[str] | None
     clusters: int | None
-    objective: str
+    objective: str | None
     warm_start: bool
     recipe: Recipe | None
     block_recipe: Recipe | None
-    minutes: float
+    minutes: float | None
     held_out: float
     cache: Path
     precision: str
@@ -120,6 +125,9 @@ def fit_detector(task: DetectorTask) -> TransferFit:
     """Trains blocks, or heads, or what is attached, and leaves it attached; see `fit_transfer`."""
     check_integer("seed", task.seed, at_least=0)
     places = _places(task)
+    if _is_chosen(task):
+        refuse_void("what is trained here is said, however long it takes", minutes=task.minutes)
+        _refuse_void(task, places)
     standing = _standing(task.model, places)
     task, skipped = _readable(task)
     plans = [_plan(task.model, place) for place in places if place.block]
@@ -145,6 +153,7 @@ def fit_detector(task: DetectorTask) -> TransferFit:
     for fitted in fits:
         for module, place in fitted.modules:
             put(task.model, place, module)
+    for fitted in fits:
         if fitted.checkpoint is not None:
             fitted.checkpoint.unlink(missing_ok=True)
     return TransferFit(
@@ -201,6 +210,33 @@ def _is_chosen(task: DetectorTask) -> bool:
     """Whether the caller says what to train."""
     asked = task.where is not None or task.at is not None or is_attached(task.model)
     return asked or task.depth != "auto"
+
+
+def _refuse_void(task: DetectorTask, places: Sequence[Place], since: str = "") -> None:
+    """Raises `ValueError` for an argument without effect on what is trained at these places."""
+    if not any(place.block for place in places):
+        refuse_void(
+            f"heads alone are trained{since}, on features in float32",
+            block_recipe=task.block_recipe,
+            precision="bf16" if task.precision == "bf16" else None,
+        )
+    if not all(place.block for place in places):
+        return
+    refuse_void(
+        f"blocks alone are trained{since}",
+        recipe=task.recipe,
+        warm_start=task.warm_start or None,
+    )
+    if not hasattr(task.model, "roi_heads"):
+        refuse_void(
+            f"blocks alone are trained{since}, on maps: {type(task.model).__name__} proposes no "
+            "boxes",
+            objective=task.objective,
+            clusters=task.clusters,
+        )
+    if task.objective in WITHOUT_CLUSTERS:
+        why = f"blocks alone are trained{since}, with objective={task.objective!r}"
+        refuse_void(why, clusters=task.clusters)
 
 
 def _places(task: DetectorTask) -> list[Place]:
@@ -283,22 +319,25 @@ def _fit_blocks(
     train, test = task.split()
     rows = Views(pyramid, task.images, task.views, train, hr_share=HR_SHARE, seed=task.seed)
     seconds = estimate_seconds(rows, recipe)
-    if may_give_up and seconds > 60 * task.minutes:
-        tell(
-            f"heads alone: blocks would train for about {duration(seconds)}, "
-            f"over minutes={task.minutes:g}"
-        )
+    minutes = MINUTES if task.minutes is None else task.minutes
+    if may_give_up and seconds > 60 * minutes:
+        reason = f"blocks would train for about {duration(seconds)}, over minutes={minutes:g}"
+        _refuse_void(task, find_places(model, where="boxes"), f", since {reason}")
+        tell(f"heads alone: {reason}")
         return None
+    if may_give_up:
+        _refuse_void(task, [plan.place for plan in plans], ", since there is the time for them")
+    objective = task.objective or OBJECTIVE
     tell(f"training blocks takes about {duration(seconds)}")
     key = [
         detector_key(pyramid.host),
         task.images.fingerprint,
         [view.to_json() for view in task.views],
-        [[plan.place.name, blocks[plan.module].config] for plan in plans],
+        [[p.place.name, p.place.outputs, p.place.level, blocks[p.module].config] for p in plans],
         recipe.to_dict(),
-        [task.seed, task.held_out, task.objective, task.clusters, pyramid.precision],
+        [task.seed, task.held_out, objective, task.clusters, pyramid.precision],
         [HR_SHARE, BOXES, PROBE, DRAW],
-        software_versions(),
+        [next(pyramid.parameters()).device.type, libraries(model), software_versions()],
     ]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     checkpoint = task.cache / "training" / f"{name}.safetensors"
@@ -311,7 +350,7 @@ def _fit_blocks(
             task.views,
             train,
             test,
-            objective=task.objective,
+            objective=objective,
             clusters=task.clusters or 100,
             seed=task.seed,
             recipe=recipe,
@@ -364,7 +403,7 @@ def _fit_heads(
                 hr,
                 given,
                 clustering,
-                objective=task.objective,
+                objective=task.objective or OBJECTIVE,
                 warm_start=task.warm_start,
                 recipe=recipe,
                 seed=task.seed,
@@ -405,12 +444,12 @@ def _card(
         backbone_sha256(task.model, place),
         tuple(task.views),
         {
-            "host": type(task.model).__module__.partition(".")[0],
+            "host": libraries(task.model),
             "preprocessing": dataclasses.asdict(host.preprocessing(task.model)),
             "depth": fit.depth,
             "images": fit.images,
             "images_fingerprint": task.images.fingerprint,
-            "objective": task.objective,
+            "objective": task.objective or OBJECTIVE,
             **place.described,
             "seed": task.seed,
             "recipe": recipe.to_dict(),

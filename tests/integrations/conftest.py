@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import dataclasses
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
-from featxfer import Degradation, Preprocessing, open_images
+from featxfer import Degradation, ImageError, Images, Preprocessing, open_images
 
 
 @pytest.fixture(scope="session")
@@ -48,6 +50,21 @@ def model(drawings: Path) -> nn.Module:
         for _ in range(30):
             model.train()(Preprocessing()(pixels))
     return model.eval()
+
+
+def failing(images: Images, failures: dict[int, int]) -> Images:
+    """The same images; of each key the reading that its value counts fails, and no other."""
+    counts, lock = Counter[int](), threading.Lock()
+
+    def read(index: int) -> Tensor:
+        with lock:
+            counts[index] += 1
+            count = counts[index]
+        if failures.get(index) == count:
+            raise ImageError(f"image {images.ids[index]} could not be read this once")
+        return images.read(index)
+
+    return dataclasses.replace(images, read=read)
 
 
 class Pyramid(nn.Module):

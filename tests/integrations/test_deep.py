@@ -2,16 +2,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from featxfer import ArtifactError, Degradation, FeatureTransferBlock, FeatureTransferHead, Recipe
+from featxfer import (
+    ArtifactError,
+    Degradation,
+    FeatureTransferBlock,
+    FeatureTransferHead,
+    ImageError,
+    Preprocessing,
+    PseudoLabelTrainer,
+    Recipe,
+)
 from featxfer.images import cropped, flipped, open_images
 from featxfer_integrations import (
     AttachError,
@@ -26,14 +37,18 @@ from featxfer_integrations import (
     transfers_of,
 )
 from featxfer_integrations._attach import is_attached
+from featxfer_integrations._fitting import libraries
 from featxfer_integrations.attach import find_place
 from featxfer_integrations.deep import (
     _Views,
     enough_crops,
     extract_maps,
+    maps_backbone,
     new_blocks,
     plan_blocks,
+    train_blocks,
 )
+from tests.integrations.conftest import failing
 
 LR = Degradation(hr_size=32, lr_size=8)
 QUICK = Recipe(epochs=20, learning_rate=1e-3, optimizer="adamw", schedule="one-cycle")
@@ -41,9 +56,11 @@ BLOCKS = dataclasses.replace(QUICK, epochs=6, batch_size=16, learning_rate=2e-3)
 
 
 def fit(model: nn.Module, images: Any, cache: Path, **options: Any) -> TransferFit:
+    """Blocks, and then the head, if one is attached."""
+    with_head = is_attached(model) and "pooled" in transfers_of(model)
     arguments = {
         "degradation": LR,
-        "recipe": QUICK,
+        "recipe": QUICK if with_head else None,
         "block_recipe": BLOCKS,
         "cache": cache,
         "at": "layer1",
@@ -187,6 +204,233 @@ def test_one_seed_gives_one_result_and_interrupted_training_goes_on(
     assert not list((tmp_path / "two" / "training").glob("*"))
 
 
+def test_work_goes_on_where_attaching_was_interrupted(
+    model: nn.Module, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of the blocks is there until all that was trained is attached."""
+    attach_transfer(model)
+    other = copy.deepcopy(model)
+    training = tmp_path / "training"
+    for function in ("reports", "put"):
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"featxfer_integrations.fit.{function}", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                fit(model, drawings, tmp_path)
+        assert len(list(training.iterdir())) == 1
+    steps: list[int] = []
+    epoch = PseudoLabelTrainer._epoch
+
+    def counted(self: Any, progress: Any, *args: Any) -> None:
+        steps.append(self.recipe.epochs)
+        epoch(self, progress, *args)
+
+    monkeypatch.setattr(PseudoLabelTrainer, "_epoch", counted)
+    fit(model, drawings, tmp_path)
+    assert steps == [20] * 20
+    assert not list(training.iterdir())
+    fit(other, drawings, tmp_path / "other")
+    for mine, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, wanted)
+
+
+class Stages(nn.Module):
+    """Two places whose maps have one shape, and two features of one width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.one = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Identity()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        feature: torch.Tensor = self.fc(self.pool(self.two(self.one(self.stem(images)))))
+        return feature
+
+
+def test_a_checkpoint_is_of_all_that_training_hangs_on(
+    drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each change is another file, though every feature and every shape is the same."""
+
+    def interrupt(*_: Any, checkpoint: Path, **__: Any) -> None:
+        seen.append(checkpoint.name)
+        raise KeyboardInterrupt
+
+    def begin(**options: Any) -> None:
+        given = {"at": "one", "where": "pool", "clusters": 4, "crops": 0, **options}
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, files, tmp_path / "cache", **given)
+
+    seen: list[str] = []
+    files = [tmp_path / path.name for path in sorted(drawings.iterdir())[:12]]
+    for path in files:
+        path.write_bytes((drawings / path.name).read_bytes())
+    monkeypatch.setattr(PseudoLabelTrainer, "fit_rows", interrupt)
+    torch.manual_seed(0)
+    model: Any = Stages().eval()
+    with torch.no_grad():
+        model.two[0].weight.copy_(torch.eye(8)[:, :, None, None])  # the identity, of what is >= 0
+        model.two[0].bias.zero_()
+    begin()
+    begin()
+    assert seen[0] == seen.pop()
+    begin(at="two")
+    begin(at=["one", "two"])
+    begin(where="fc")
+    begin(crops=1)
+    begin(seed=1)
+    begin(clusters=5)
+    begin(objective="labels")
+    begin(precision="bf16")
+    begin(block_recipe=dataclasses.replace(BLOCKS, patience=3))
+    begin(block_recipe=dataclasses.replace(BLOCKS, momentum=0.8))
+    begin(preprocessing=Preprocessing((0.0, 0.0, 0.0)))
+    os.utime(files[0])
+    begin()
+    attach_transfer(model, FeatureTransferBlock(8, 8, kernel_size=3), at="one")
+    begin()
+    detach_transfer(model)
+    monkeypatch.setattr("featxfer_integrations.fit.libraries", lambda _: "another version")
+    begin()
+    assert len(set(seen)) == len(seen) == 15
+
+
+def test_a_key_names_the_libraries_of_all_modules(model: nn.Module) -> None:
+    around = nn.Sequential(model, torchvision.ops.Permute([0, 1]))
+    versions = f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}"
+    assert libraries(model) == backbone_of(model).host == f"timm {timm.__version__}"
+    assert libraries(around).startswith(versions)
+    attach_transfer(model)
+    assert libraries(model) == f"timm {timm.__version__}"
+    assert libraries(nn.Sequential(nn.ReLU())).startswith("torch 2.")
+
+
+def test_an_image_that_fails_once_is_left_out_of_all_maps(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    """Image 1 fails as it is, 2 mirrored, 3 in its crop: rows are still of the same images."""
+    images = open_images(sorted(drawings.iterdir())[:12])
+    place = find_place(model, at="layer1")
+    backbone = maps_backbone(backbone_of(model), model, place)
+    views, shape = [LR, Degradation(hr_size=32, lr_size=4)], (32, 8, 8)
+    options: dict[str, Any] = {"crops": 1, "on_error": "skip"}
+    whole = extract_maps(backbone, images, views, tmp_path / "whole", shape, **options)
+    failures = failing(images, {1: 1, 2: 2, 3: 3})
+    maps = extract_maps(backbone, failures, views, tmp_path / "failing", shape, **options)
+    assert set(maps.skipped) == {images.ids[index] for index in (1, 2, 3)}
+    kept = torch.tensor([0, *range(4, 12)])
+    for view, other in zip(maps.views, whole.views, strict=True):
+        for rows, wanted in zip(view, other, strict=True):
+            assert rows.ids == tuple(images.ids[index] for index in kept.tolist())
+            taken = maps.take(rows, torch.arange(9)), whole.take(wanted, kept)
+            torch.testing.assert_close(*taken, rtol=1e-4, atol=1e-4)
+    again = extract_maps(backbone, failures, views, tmp_path / "failing", shape, **options)
+    assert again.skipped == {}
+    assert len(again.hr[0]) == 12
+
+
+def test_blocks_are_trained_on_the_images_that_all_views_have(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    files = sorted(drawings.iterdir())
+    images, rest = open_images(files), open_images([files[0], *files[3:]])
+    options = {"on_error": "skip", "held_out": 0.5}
+    fitted = fit(model, failing(images, {1: 1, 2: 2}), tmp_path, **options)
+    assert set(fitted.skipped) == {str(files[1]), str(files[2])}
+    detach_transfer(model)
+    wanted = fit(model, rest, tmp_path / "rest", **options)
+    assert fitted.images == wanted.images == 29
+    assert fitted.blocks_log[0].loss == pytest.approx(wanted.blocks_log[0].loss, rel=0.02)
+    for mine, other in zip(fitted.held_out, wanted.held_out, strict=True):
+        assert mine.before.cosine == pytest.approx(other.before.cosine, abs=1e-5)
+        assert mine.before.retrieval == pytest.approx(other.before.retrieval)
+
+
+def test_maps_that_were_skipped_before_are_an_error_where_none_may_be(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    files = [*sorted(drawings.iterdir()), broken]
+    assert list(fit(model, files, tmp_path, on_error="skip").skipped) == [str(broken)]
+    detach_transfer(model)
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        fit(model, files, tmp_path)
+    with pytest.raises(ValueError, match=r"images: none of 1 could be read: .*broken\.png"):
+        fit(model, [broken], tmp_path, on_error="skip")
+    assert not is_attached(model)
+
+
+def test_half_precision_hosts_get_blocks_that_are_trained_in_full(
+    model: nn.Module, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: dict[str, dict[str, torch.Tensor]] = {}
+
+    def kept(*args: Any, **options: Any) -> Any:
+        found = train_blocks(*args, **options)
+        for name, block in found.blocks.items():
+            trained[name] = copy.deepcopy(block.state_dict())
+        return found
+
+    monkeypatch.setattr("featxfer_integrations.fit.train_blocks", kept)
+    (pairs,) = fit(model.to(torch.bfloat16), drawings, tmp_path).held_out
+    assert pairs.after.cosine > pairs.before.cosine
+    state = transfers_of(model)["layer1"].state_dict()
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {
+        torch.bfloat16
+    }
+    for name, value in trained["layer1"].items():
+        assert value.dtype == torch.float32
+        assert torch.equal(state[name], value.bfloat16())
+    fine = trained["layer1"]["units.0.expand.weight"]
+    assert not torch.equal(fine, fine.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": QUICK}, "recipe: got a Recipe, .* no head is attached"),
+        ({"warm_start": True}, "warm_start: got True, .* no head is attached"),
+        ({"minutes": 1e-9, "at": "layer1"}, "at: got 'layer1', .* over minutes=1e-09; say depth"),
+        ({"minutes": 1e-9, "crops": 0}, "crops: got 0, .* since blocks would train for about"),
+        ({"minutes": 1e-9, "block_recipe": BLOCKS}, "block_recipe: got a Recipe, .* since blocks"),
+    ],
+    ids=str,
+)
+def test_auto_trains_nothing_where_what_it_decides_leaves_an_argument_without_effect(
+    drawings: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet").eval()
+    view = Degradation(hr_size=64, lr_size=16)
+    plain = {"at": None, "crops": None, "block_recipe": None, "depth": "auto", "degradation": view}
+    with pytest.raises(ValueError, match=message):
+        fit(model, drawings, tmp_path / "cache", **{**plain, **options})
+    assert not is_attached(model)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_rows_are_in_the_same_order_whatever_the_default_device_is(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    place = find_place(model, at="layer1")
+    backbone = maps_backbone(backbone_of(model), model, place)
+    images = open_images(sorted(drawings.iterdir())[:8])
+    maps = extract_maps(backbone, images, [LR], tmp_path, (32, 8, 8))
+    rows = _Views(maps, [torch.zeros(8, 1)] * 2, torch.arange(8), 0.5, vary=True)
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            found.append(rows.order(torch.Generator().manual_seed(0)))
+    assert torch.equal(*found)
+
+
 def test_several_places_and_what_is_attached_is_trained_anew(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:
@@ -223,12 +467,13 @@ def test_blocks_that_training_would_not_know_of_are_refused(
     fit(model, drawings, tmp_path)
     state = copy.deepcopy(model.state_dict())
     message = "blocks are attached at layer1, and what is trained now would be trained without"
+    plain = {"at": None, "crops": None, "block_recipe": None}
     with pytest.raises(AttachError, match=message):
-        fit(model, drawings, tmp_path, at=None, depth="pooled")
+        fit(model, drawings, tmp_path, depth="pooled", **plain)
     with pytest.raises(AttachError, match=message):
         fit(model, drawings, tmp_path, at="layer2")
     with pytest.raises(AttachError, match=message):
-        fit(model, drawings, tmp_path, depth="auto", minutes=1e-9)
+        fit(model, drawings, tmp_path, depth="auto", minutes=1e-9, **plain)
     assert set(transfers_of(model)) == {"layer1"}
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -241,12 +486,13 @@ def test_auto_goes_deep_where_there_is_time(
     model = timm.create_model("test_resnet").eval()
     view = Degradation(hr_size=64, lr_size=16)
     short = dataclasses.replace(BLOCKS, epochs=1)
-    options = {"at": None, "degradation": view, "block_recipe": short, "depth": "auto"}
+    options: dict[str, Any] = {"at": None, "degradation": view, "depth": "auto"}
     other = copy.deepcopy(model)
-    assert fit(other, drawings, tmp_path, **options).depth == "deep"
+    assert fit(other, drawings, tmp_path, block_recipe=short, **options).depth == "deep"
     assert set(transfers_of(other)) == {"layer3", "layer4"}
     assert "seconds, after their maps are taken: " in capsys.readouterr().err
-    fitted = fit(model, drawings, tmp_path, minutes=1e-9, **options)
+    options |= {"minutes": 1e-9, "crops": None, "block_recipe": None, "recipe": QUICK}
+    fitted = fit(model, drawings, tmp_path, **options)
     assert fitted.depth == "pooled"
     assert "a head alone: blocks would train for about" in capsys.readouterr().err
     assert set(transfers_of(model)) == {"pooled"}
@@ -276,11 +522,12 @@ def test_auto_trains_a_head_alone_where_maps_do_not_suffice(
     monkeypatch.setattr("featxfer_integrations.fit.open_rest", refuse)
     torch.manual_seed(0)
     model = timm.create_model("test_resnet").eval()
-    options = {"at": None, "degradation": Degradation(hr_size=64, lr_size=16)}
+    options: dict[str, Any] = {"at": None, "degradation": Degradation(hr_size=64, lr_size=16)}
     with pytest.raises(AttachError, match="does not come from the maps alone"):
         fit(model, drawings, tmp_path, depth="deep", **options)
     assert not is_attached(model)
-    assert fit(model, drawings, tmp_path, depth="auto", **options).depth == "pooled"
+    options |= {"crops": None, "block_recipe": None, "depth": "auto"}
+    assert fit(model, drawings, tmp_path, **options).depth == "pooled"
     assert "a head alone: at: the feature does not come" in capsys.readouterr().err
 
 
@@ -397,7 +644,7 @@ def test_crops_are_parts_of_the_image_the_same_every_time(drawings: Path) -> Non
         ({"depth": "shallow"}, ValueError, "depth: got 'shallow', wanted one of"),
         ({"depth": "pooled"}, ValueError, "at: got 'layer1' with depth='pooled'"),
         ({"crops": -1}, ValueError, "crops: got -1"),
-        ({"minutes": 0}, ValueError, "minutes: got 0, wanted > 0"),
+        ({"minutes": 0, "depth": "auto"}, ValueError, "minutes: got 0, wanted > 0"),
         ({"precision": "fp16"}, ValueError, "precision: got 'fp16'"),
         ({"at": "nowhere"}, AttachError, "no module 'nowhere'"),
         ({"at": "fc"}, AttachError, r"at: fc gives \(1, 7\), wanted maps"),

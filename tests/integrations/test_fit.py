@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -36,6 +37,8 @@ from featxfer_integrations import (
     transfers_of,
 )
 from featxfer_integrations._attach import is_attached
+from featxfer_integrations._fitting import split
+from tests.integrations.conftest import failing
 
 LR = Degradation(hr_size=32, lr_size=8)
 QUICK = Recipe(epochs=20, learning_rate=1e-3, optimizer="adamw", schedule="one-cycle")
@@ -266,6 +269,85 @@ def test_maps_with_channels_last_are_averaged_over_their_plane(
     assert model(images).shape == (2, 12)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (12, 30), (12, 12), (1, 1)])
+def test_channels_last_are_found_in_images_of_any_shape(shape: tuple[int, int]) -> None:
+    """Also where a side has as many pixels as there are channels, twelve."""
+    torch.manual_seed(0)
+    model, images = ChannelsLast().eval(), torch.randn(2, 3, *shape)
+    feature = backbone_of(model, where="body").module(images)
+    torch.testing.assert_close(feature, model(images))
+
+
+@pytest.mark.parametrize("shape", [(25, 41), (25, 61), (25, 25)])
+def test_channels_first_are_found_in_images_of_any_shape(shape: tuple[int, int]) -> None:
+    """These images have maps with twelve rows, as many as there are channels."""
+    torch.manual_seed(0)
+    model, images = Custom().eval(), torch.randn(2, 3, *shape)
+    wanted = model.body(images).mean((2, 3))
+    assert torch.equal(backbone_of(model, where="body").module(images), wanted)
+
+
+def test_maps_that_do_not_tell_where_channels_are_and_tokens_are_refused(
+    drawings: Path, tmp_path: Path
+) -> None:
+    class Fixed(ChannelsLast):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert images.shape[1:] == (3, 12, 12)
+            return super().forward(images)
+
+    view = Degradation(hr_size=12, lr_size=4)
+    with pytest.raises(AttachError, match=r"gives \(1, 12, 12, 12\) of a square image, which does"):
+        fit(Fixed(), drawings, tmp_path, where="body", degradation=view)
+    view = Degradation(hr_size=160, lr_size=32)
+    tokens = timm.create_model("test_vit")
+    with pytest.raises(AttachError, match=r"where: blocks.0 gives \(1, 101, 64\), wanted vectors"):
+        fit(tokens, drawings, tmp_path, where="blocks.0", degradation=view)
+    assert not (tmp_path / "cache").exists()
+
+
+class Grey(nn.Module):
+    """A model of one channel, of RGB images."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.model(images.mean(1, keepdim=True))
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help")
+def test_a_model_of_one_channel_needs_a_module_around_it(drawings: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", in_chans=1, num_classes=0)
+    message = r"degradation: the model does not run on an RGB image of 32 x 32 \(RuntimeError"
+    with pytest.raises(AttachError, match=message):
+        fit(model, drawings, tmp_path)
+    assert not (tmp_path / "cache").exists()
+    assert fit(Grey(model), drawings, tmp_path, where="model").images == 54
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:LR features are the HR")
+def test_views_have_the_size_that_the_model_is_made_for(drawings: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = torchvision.models.VisionTransformer(
+        image_size=16, patch_size=8, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8
+    )
+    few = sorted(drawings.iterdir())[:12]
+    for model, where, view in (
+        (timm.create_model("test_resnet"), None, Degradation(hr_size=160, lr_size=32)),
+        (small, None, Degradation(hr_size=16, lr_size=16)),
+        (Custom(), "body", Degradation(hr_size=224, lr_size=32)),
+    ):
+        one = Recipe(epochs=1)
+        fit(model, few, tmp_path, where=where, degradation=None, recipe=one)
+        (head,) = transfers_of(model).values()
+        assert isinstance(head, FeatureTransferHead)
+        assert head.card is not None
+        assert head.card.degradations == (view,)
+
+
 def test_half_precision_hosts_are_followed(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:
@@ -321,6 +403,43 @@ def test_images_that_cannot_be_read(model: nn.Module, drawings: Path, tmp_path: 
     assert list(fit(model, files, tmp_path, on_error="skip").skipped) == [str(files[-1])]
 
 
+@pytest.mark.filterwarnings("ignore:the head does not help")
+def test_an_image_that_fails_once_is_left_out_of_all_views(
+    model: nn.Module, drawings: Path, tmp_path: Path
+) -> None:
+    """Image 1 fails in the first degradation's views, 2 in the second's: rows still pair up."""
+    files = sorted(drawings.iterdir())[:24]
+    images, rest = open_images(files), open_images([files[0], *files[3:]])
+    views = (LR, Degradation(hr_size=32, lr_size=4))
+    options = {"degradation": views, "held_out": 0.5, "on_error": "skip"}
+    fitted = fit(model, failing(images, {1: 1, 2: 2}), tmp_path, **options)
+    assert set(fitted.skipped) == {str(files[1]), str(files[2])}
+    wanted = fit(model, rest, tmp_path / "rest", **options)
+    assert (fitted.images, wanted.skipped) == (wanted.images, {})
+    for mine, other in zip(fitted.held_out, wanted.held_out, strict=True):
+        assert mine.before.cosine == pytest.approx(other.before.cosine, abs=1e-5)
+        assert mine.before.retrieval == pytest.approx(other.before.retrieval)
+
+
+def test_what_was_skipped_before_is_an_error_where_none_may_be(
+    model: nn.Module, drawings: Path, small_photographs: Path, tmp_path: Path
+) -> None:
+    """Though the cache, where it was skipped, is finished."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    files = [*sorted(small_photographs.iterdir()), broken]
+    options = {"lr_images": files, "unpaired": "moments"}
+    fitted = fit(model, drawings, tmp_path, on_error="skip", **options)
+    assert list(fitted.skipped) == [str(broken)]
+    detach_transfer(model)
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        fit(model, drawings, tmp_path, **options)
+    options["lr_images"] = [broken]
+    with pytest.raises(ValueError, match=r"lr_images: none of 1 could be read: .*broken\.png"):
+        fit(model, drawings, tmp_path, on_error="skip", **options)
+    assert not is_attached(model)
+
+
 @pytest.mark.parametrize("depth", ["pooled", "deep"])
 def test_equal_images_have_nothing_to_cluster(
     model: nn.Module, drawings: Path, tmp_path: Path, depth: str
@@ -331,7 +450,7 @@ def test_equal_images_have_nothing_to_cluster(
         (folder / f"{index}.png").write_bytes((drawings / "00.png").read_bytes())
     state = state_of(model)
     with pytest.raises(ValueError, match="hr: got 3 equal rows, wanted features that vary"):
-        fit(model, folder, tmp_path, depth=depth)
+        fit(model, folder, tmp_path, depth=depth, recipe=QUICK if depth == "pooled" else None)
     assert_untouched(model, state)
 
 
@@ -449,3 +568,78 @@ def test_no_gap_is_told(model: nn.Module, drawings: Path, tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="there is no gap to recover"):
         (pairs,) = fit(model, drawings, tmp_path, degradation=same).held_out
     assert pairs.cosine_gap_recovered == 0
+
+
+PAIRLESS = {"lr_images": "lr/", "depth": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"minutes": 5}, "minutes: got 5, .* depth='auto', not 'pooled'"),
+        ({"crops": 2}, "crops: got 2, .* a head alone is trained here"),
+        ({"block_recipe": QUICK}, "block_recipe: got a Recipe, .* a head alone is trained here"),
+        ({"unpaired": "moments"}, "unpaired: got 'moments', .* lr_images, of which there are none"),
+        ({**PAIRLESS, "minutes": 5}, "minutes: got 5, .* lr_images train a head alone"),
+        ({**PAIRLESS, "held_out": 0.2}, "held_out: got 0.2, .* without pairs"),
+        ({**PAIRLESS, "at": "layer1"}, "at: got 'layer1', .* lr_images"),
+        ({**PAIRLESS, "crops": 1}, "crops: got 1, .* lr_images"),
+        ({**PAIRLESS, "degradation": [LR, LR]}, "degradation: got 2 with lr_images"),
+        (
+            {"depth": "auto", "where": "layer4", "at": "layer1"},
+            "at: got 'layer1', .* where= with depth='auto' trains a head alone",
+        ),
+        ({"depth": "auto", "where": "layer4", "minutes": 9}, "minutes: got 9, .* head alone"),
+        ({"depth": "auto", "where": "layer4", "crops": 1}, "crops: got 1, .* head alone"),
+        (
+            {"clusters": [5, 3], "objective": "regression"},
+            "clusters: got 5, 3 with objective='regression'",
+        ),
+        ({"depth": "deep"}, "recipe: got a Recipe, .* no head is attached"),
+        (
+            {"depth": "deep", "recipe": None, "warm_start": True},
+            "warm_start: got True, .* no head is attached",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_without_effect_are_refused_before_anything_runs(
+    model: nn.Module,
+    drawings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    opened = "featxfer_integrations.fit.open_images"
+    monkeypatch.setattr(opened, lambda *_: pytest.fail("images were opened"))
+    with pytest.raises(ValueError, match=message):
+        fit(model, drawings, tmp_path, **options)
+    assert not is_attached(model)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "prototypes"}, "objective: got 'prototypes', .* trained on pseudo-labels"),
+        ({"warm_start": True}, "warm_start: got True, .* trained on pseudo-labels"),
+        ({"clusters": [4, 3]}, "clusters: got 4, 3, the attached head gives 4 logits"),
+        ({"depth": "auto", "crops": 1}, "crops: got 1, .* a head alone is trained here"),
+        ({"depth": "auto", "at": "layer1"}, "at: got 'layer1', .* a head alone is trained here"),
+    ],
+    ids=str,
+)
+def test_a_clusters_head_takes_no_arguments_of_others(
+    model: nn.Module, drawings: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    attach_transfer(model, FeatureTransferHead(96, 4, 32, output="clusters"))
+    with pytest.raises(ValueError, match=message):
+        fit(model, drawings, tmp_path, **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_split_is_the_same_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        parts = split(20, 0.3, 1)
+    assert all(torch.equal(*pair) for pair in zip(parts, split(20, 0.3, 1), strict=True))

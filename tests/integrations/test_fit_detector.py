@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from featxfer import (
     FeatureTransferBlock,
     FeatureTransferHead,
     ImageError,
+    PseudoLabelTrainer,
     Recipe,
     ScaledDegradation,
     open_images,
 )
+from featxfer.hub import TransferModule
 from featxfer_integrations import (
     AttachError,
     TransferFit,
@@ -34,7 +37,8 @@ from featxfer_integrations import (
     transfer_disabled,
     transfers_of,
 )
-from featxfer_integrations._attach import is_attached
+from featxfer_integrations._attach import Place, is_attached
+from featxfer_integrations._fitting import put
 from featxfer_integrations.attach import find_places
 from featxfer_integrations.boxes import (
     KEPT,
@@ -46,6 +50,8 @@ from featxfer_integrations.boxes import (
     fill_box_stores,
     half_balanced,
 )
+from featxfer_integrations.detector_blocks import Pyramid, Views
+from tests.integrations.conftest import failing
 
 QUICK = Recipe(epochs=20, learning_rate=1e-3, optimizer="adamw", schedule="one-cycle")
 BLOCKS = Recipe(epochs=4, batch_size=4, learning_rate=2e-3, optimizer="adamw", schedule="one-cycle")
@@ -53,11 +59,14 @@ LR = ScaledDegradation(3)
 HEADS = {"FasterRCNN": "boxes", "RetinaNet": "boxes_class"}
 
 
-def fit(model: nn.Module, images: Any, cache: Path, **options: Any) -> TransferFit:
+def fit(
+    model: nn.Module, images: Any, cache: Path, trains: str = "blocks and heads", **options: Any
+) -> TransferFit:
+    """With the recipes of what is trained."""
     arguments = {
         "degradation": LR,
-        "recipe": QUICK,
-        "block_recipe": BLOCKS,
+        "recipe": QUICK if "heads" in trains else None,
+        "block_recipe": BLOCKS if "blocks" in trains else None,
         "cache": cache,
         "held_out": 0.25,
         "precision": "fp32",
@@ -93,10 +102,11 @@ def test_what_is_trained_is_attached_and_nothing_else_changes(
 ) -> None:
     before, plain = copy.deepcopy(detector.state_dict()), detect(detector, discs)
     other = copy.deepcopy(detector)
-    fitted = fit(detector, discs, tmp_path / "cache", **options)
+    deep = options != {"depth": "pooled"}
+    trains = "blocks" if deep else "heads"
+    fitted = fit(detector, discs, tmp_path / "cache", trains, **options)
     transfers = transfers_of(detector)
     assert set(transfers) == ({HEADS[type(detector).__name__]} if names == {"heads"} else names)
-    deep = options != {"depth": "pooled"}
     assert fitted.depth == ("deep" if deep else "pooled")
     assert len(fitted.blocks_log) == (4 if deep else 0)
     log = fitted.blocks_log if deep else fitted.log
@@ -233,10 +243,10 @@ def test_heads_are_trained_on_what_standing_blocks_give(
     attach_transfer(at_once, hidden_features=20)
     fit(at_once, discs, tmp_path / "one")
     attach_transfer(detector, where="fpn", hidden_features=8)
-    fit(detector, discs, tmp_path / "two")
+    fit(detector, discs, tmp_path / "two", "blocks")
     blocks = copy.deepcopy(transfers_of(detector).state_dict())
     attach_transfer(detector, hidden_features=20)
-    fitted = fit(detector, discs, tmp_path / "two", where="boxes")
+    fitted = fit(detector, discs, tmp_path / "two", "heads", where="boxes")
     assert (fitted.depth, fitted.blocks_log) == ("deep", [])
     state = transfers_of(detector).state_dict()
     assert all(torch.equal(value, state[name]) for name, value in blocks.items())
@@ -334,18 +344,18 @@ def test_heads_of_the_regression_branch_and_of_named_modules(
 ) -> None:
     model = by_hand("retinanet")
     attach_transfer(model, where="boxes_regression", branch="both")
-    assert fit(model, discs, tmp_path).depth == "pooled"
+    assert fit(model, discs, tmp_path, "heads").depth == "pooled"
     detach_transfer(model)
     attach_transfer(model, where="head.classification_head.conv", in_features=16)
-    assert len(fit(model, discs, tmp_path).log) == 20
+    assert len(fit(model, discs, tmp_path, "heads").log) == 20
     detach_transfer(model)
     attach_transfer(model, where="backbone.neck.layer_blocks.0", in_features=16)
     with pytest.raises(AttachError, match="'backbone_neck_layer_blocks_0' has no vector for each"):
-        fit(model, discs, tmp_path)
+        fit(model, discs, tmp_path, "heads")
     rcnn = by_hand("faster r-cnn")
     attach_transfer(rcnn, where="backbone.neck.layer_blocks.0", in_features=16)
     with pytest.raises(AttachError, match="has no vector for each box"):
-        fit(rcnn, discs, tmp_path)
+        fit(rcnn, discs, tmp_path, "heads")
 
 
 @pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
@@ -354,11 +364,12 @@ def test_half_precision_detectors_are_trained_in_full(
     detector: nn.Module, discs: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     whole = copy.deepcopy(detector.bfloat16())
-    fit(detector, discs, tmp_path, **options)
+    trains = "blocks" if "where" in options else "heads"
+    fit(detector, discs, tmp_path, trains, **options)
     for module in transfers_of(detector).values():
         assert {value.dtype for value in module.parameters()} == {torch.bfloat16}
     float_host = whole.float()
-    fit(float_host, discs, tmp_path, **options)
+    fit(float_host, discs, tmp_path, trains, **options)
     for mine, wanted in zip(
         transfers_of(detector).parameters(), transfers_of(float_host).parameters(), strict=True
     ):
@@ -408,16 +419,133 @@ def test_interrupted_work_goes_on_to_the_same_result(
 
 
 @pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
+def test_work_goes_on_where_attaching_was_interrupted(
+    by_hand: Any, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of the blocks is there until the heads are attached as well."""
+    model = by_hand("faster r-cnn")
+    attach_transfer(model, at="stage3", hidden_features=12)
+    attach_transfer(model, hidden_features=20)
+
+    def interrupt(model: nn.Module, place: Place, module: TransferModule) -> None:
+        if not place.block:
+            raise KeyboardInterrupt
+        put(model, place, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("featxfer_integrations.fit_detector.put", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, discs, tmp_path)
+    assert len(list((tmp_path / "training").iterdir())) == 1
+    steps: list[int] = []
+    epoch = PseudoLabelTrainer._epoch
+
+    def counted(self: Any, progress: Any, *args: Any) -> None:
+        steps.append(self.recipe.epochs)
+        epoch(self, progress, *args)
+
+    monkeypatch.setattr(PseudoLabelTrainer, "_epoch", counted)
+    fit(model, discs, tmp_path)
+    assert steps == [20] * 20
+    assert not list((tmp_path / "training").iterdir())
+
+
+def test_keys_name_the_libraries_of_all_modules(
+    by_hand: Any, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backbone may be timm's: its version is another store and another checkpoint."""
+    model = by_hand("faster r-cnn")
+    places, images = find_places(model, where="boxes"), open_images(discs)
+    stores = fill_box_stores(Sampler(model, places, seed=0), images, [LR], tmp_path)
+    manifest = stores["boxes"].drawn.manifest
+    assert f"timm {timm.__version__}, torchvision " in manifest.host
+    seen: list[str] = []
+
+    def interrupt(*_: Any, checkpoint: Path, **__: Any) -> None:
+        seen.append(checkpoint.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("featxfer_integrations.fit_detector.train_detector_blocks", interrupt)
+    for version in ("1", "1", "2"):
+        name = "featxfer_integrations.fit_detector.libraries"
+        monkeypatch.setattr(name, lambda _, version=version: f"timm {version}")
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, discs, tmp_path, "blocks", where="fpn1")
+    assert seen[0] == seen[1] != seen[2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("retinanet", {"batch_size": 8}, "batch_size: got 8, .* not for detectors"),
+        ("retinanet", {"depth": "pooled", "minutes": 3}, "minutes: got 3, .* not 'pooled'"),
+        ("retinanet", {"where": "fpn", "minutes": 3}, "minutes: got 3, .* however long"),
+        ("retinanet", {"depth": "pooled", "block_recipe": BLOCKS}, "block_recipe: .* heads alone"),
+        ("retinanet", {"where": "boxes", "precision": "bf16"}, "precision: got 'bf16', .* heads"),
+        ("retinanet", {"where": "fpn", "recipe": QUICK}, "recipe: got a Recipe, .* blocks alone"),
+        ("retinanet", {"depth": "deep", "warm_start": True}, "warm_start: got True, .* blocks al"),
+        (
+            "retinanet",
+            {"depth": "deep", "clusters": 9},
+            "clusters: got 9, .* RetinaNet proposes no",
+        ),
+        ("retinanet", {"depth": "deep", "objective": "labels"}, "objective: got 'labels', .* maps"),
+        (
+            "faster r-cnn",
+            {"depth": "deep", "objective": "contrast", "clusters": 9},
+            "clusters: got 9, .* objective='contrast'",
+        ),
+        ("faster r-cnn", {"recipe": QUICK}, "recipe: got a Recipe, .* there is the time for them"),
+        ("retinanet", {"clusters": 9}, "clusters: got 9, .* time for them, on maps: RetinaNet"),
+        (
+            "faster r-cnn",
+            {"minutes": 1e-9, "block_recipe": BLOCKS},
+            "block_recipe: got a Recipe, .* since blocks would train for about",
+        ),
+        (
+            "faster r-cnn",
+            {"minutes": 1e-9, "precision": "bf16"},
+            "precision: got 'bf16', .* since blocks would train for about",
+        ),
+    ],
+    ids=str,
+)
+def test_arguments_without_effect_are_refused_before_anything_is_trained(
+    by_hand: Any, discs: Path, tmp_path: Path, kind: str, options: dict[str, Any], message: str
+) -> None:
+    model = by_hand(kind)
+    with pytest.raises(ValueError, match=message):
+        fit(model, discs, tmp_path / "cache", "none", **options)
+    assert not is_attached(model)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_boxes_are_the_same_whatever_the_default_device_is(
+    detector: nn.Module, discs: Path
+) -> None:
+    images, found = open_images(discs), []
+    labels, scores = torch.tensor([0] * 30 + [1] * 5), torch.linspace(0, 1, 35)
+    pyramid = Pyramid(detector, "fp32")
+    options: dict[str, Any] = {"hr_share": 0.5, "seed": 0}
+    rows = Views(pyramid, images, [LR], torch.arange(8), **options)
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            chosen = half_balanced(labels, scores, 16, torch.Generator().manual_seed(0))
+            found.append((chosen, rows.order(torch.Generator().manual_seed(0))))
+    assert all(torch.equal(mine, wanted) for mine, wanted in zip(*found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
 def test_auto_trains_heads_where_blocks_would_take_too_long(
     detector: nn.Module, discs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fitted = fit(detector, discs, tmp_path, minutes=1e-9)
+    fitted = fit(detector, discs, tmp_path, "heads", minutes=1e-9)
     assert fitted.depth == "pooled"
     assert set(transfers_of(detector)) == {HEADS[type(detector).__name__]}
     assert "heads alone: blocks would train for about" in capsys.readouterr().err
     detach_transfer(detector)
     short = Recipe(epochs=1, batch_size=4, learning_rate=1e-3, optimizer="adamw", steps=())
-    assert fit(detector, discs, tmp_path, block_recipe=short).depth == "deep"
+    assert fit(detector, discs, tmp_path, "none", block_recipe=short).depth == "deep"
     assert "training blocks takes about" in capsys.readouterr().err
 
 
@@ -438,16 +566,16 @@ def test_images_without_proposals_of_other_kinds_and_broken_ones(
     grey(folder)
     (folder / "broken.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match="broken"):
-        fit(detector, folder, tmp_path / "cache", depth="pooled")
+        fit(detector, folder, tmp_path / "cache", "heads", depth="pooled")
     assert not is_attached(detector)
-    fitted = fit(detector, folder, tmp_path / "cache", depth="pooled", on_error="skip")
+    fitted = fit(detector, folder, tmp_path / "cache", "heads", depth="pooled", on_error="skip")
     assert list(fitted.skipped) == ["broken.png"]
     detach_transfer(detector)
-    for depth in ("deep", "pooled"):
+    for depth, trains in (("deep", "blocks"), ("pooled", "heads")):
         with pytest.raises(ImageError, match="broken"):
-            fit(detector, folder, tmp_path / "cache", depth=depth)
+            fit(detector, folder, tmp_path / "cache", trains, depth=depth)
         assert not is_attached(detector)
-    fitted = fit(detector, folder, tmp_path / "cache", depth="deep", on_error="skip")
+    fitted = fit(detector, folder, tmp_path / "cache", "blocks", depth="deep", on_error="skip")
     assert list(fitted.skipped) == ["broken.png"]
     assert fitted.images == 6
     detach_transfer(detector)
@@ -458,15 +586,15 @@ def test_images_without_proposals_of_other_kinds_and_broken_ones(
         rpn.score_thresh = 2.0
         message = "images: the detector finds no box at 'boxes' in any of"
         with pytest.raises(ValueError, match=message):
-            fit(detector, discs, tmp_path / "cache", depth="pooled")
+            fit(detector, discs, tmp_path / "cache", "heads", depth="pooled")
         assert not is_attached(detector)
         rpn.score_thresh = 0.0
         with pytest.raises(ValueError, match=r"clusters: got 9999, wanted at most the \d+ boxes"):
-            fit(detector, discs, tmp_path / "cache", depth="pooled", clusters=9999)
+            fit(detector, discs, tmp_path / "cache", "heads", depth="pooled", clusters=9999)
         assert not is_attached(detector)
         rpn.score_thresh = 2.0
         with pytest.warns(UserWarning, match="the detector proposes no boxes in"):
-            fitted = fit(detector, discs, tmp_path / "cache", where="fpn")
+            fitted = fit(detector, discs, tmp_path / "cache", "blocks", where="fpn")
         assert (fitted.held_out, len(fitted.blocks_log)) == ([], 4)
 
 
@@ -479,8 +607,8 @@ def test_images_without_proposals_of_other_kinds_and_broken_ones(
             "degradation: got Degradation, wanted ScaledDegradation",
         ),
         ({"degradation": []}, ValueError, "degradation: got none"),
-        ({"lr_images": "x"}, ValueError, "lr_images: got 'x', which is not for detectors"),
-        ({"crops": 2}, ValueError, "crops: got 2, which is not for detectors"),
+        ({"lr_images": "x"}, ValueError, "lr_images: got 'x', .* not for detectors"),
+        ({"crops": 2}, ValueError, "crops: got 2, .* not for detectors"),
         ({"clusters": [3, 4]}, ValueError, r"clusters: got \(3, 4\), wanted one number"),
         ({"clusters": 0}, ValueError, "clusters: got 0"),
         ({"objective": "gan"}, ValueError, "objective: got 'gan'"),
@@ -512,6 +640,25 @@ def test_bad_options_leave_the_detector_as_it_was(
     with pytest.raises(error, match=message):
         fit(detector, discs, tmp_path, **options)
     assert not is_attached(detector)
+
+
+@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
+@pytest.mark.parametrize("depth", ["pooled", "deep"])
+def test_an_image_that_fails_once_is_left_out_of_all_views(
+    by_hand: Any, discs: Path, tmp_path: Path, depth: str
+) -> None:
+    model, images = by_hand("faster r-cnn"), open_images(discs)
+    rest = open_images([path for path in sorted(discs.iterdir()) if path.name != "01.png"])
+    trains = "heads" if depth == "pooled" else "blocks"
+    options: dict[str, Any] = {"depth": depth, "on_error": "skip"}
+    fitted = fit(model, failing(images, {1: 1}), tmp_path / "one", trains, **options)
+    assert set(fitted.skipped) == {"01.png"}
+    detach_transfer(model)
+    wanted = fit(model, rest, tmp_path / "two", trains, **options)
+    assert fitted.held_out == wanted.held_out
+    assert fitted.images == wanted.images == 11
+    with pytest.raises(ImageError, match="could not be read this once"):
+        fit(model, failing(images, {1: 2}), tmp_path / "three", trains, **options)
 
 
 def test_an_empty_folder_and_what_is_attached_elsewhere(

@@ -14,6 +14,7 @@ from featxfer_integrations import AttachError, attach_transfer, transfers_of
 from featxfer_integrations._attach import module_place, take_feature
 from featxfer_integrations._replay import Rest
 from featxfer_integrations.attach import find_place
+from featxfer_integrations.fit import FeatureAt
 
 
 def maps_of(shape: tuple[int, ...]) -> Tensor:
@@ -158,3 +159,52 @@ def test_a_feature_of_more_than_these_maps_is_refused() -> None:
     with pytest.raises(AttachError, match="does not come from the maps after 'late' alone"):
         Rest(model, module_place(model, "late"), module_place(model, "pool"), image, "fp32")
     Rest(model, module_place(model, "early"), module_place(model, "pool"), image, "fp32")
+
+
+def small_swin() -> nn.Module:
+    """Channels last, and its `norm` gives maps (n, 2, 2, 128)."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "window_size": 2, "embed_dim": 16}
+    stages = {"depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
+    made: nn.Module = timm.create_model("swin_tiny_patch4_window7_224", **sizes, **stages)
+    return made.eval()
+
+
+def test_maps_with_channels_last_are_averaged_over_their_plane() -> None:
+    """The rest's feature is the one that a head behind `norm` gets."""
+    model = small_swin()
+    stage, pooled = module_place(model, "layers.2"), module_place(model, "norm")
+    rest = Rest(model, stage, pooled, maps_of((1, 3, 64, 64)), "fp32")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, wanted = rest(take_feature(model, stage, images)), FeatureAt(model, pooled)(images)
+    assert got.shape == (2, 128)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_are_no_pooled_feature() -> None:
+    model = timm.create_model("test_vit").eval()
+    places = module_place(model, "blocks.0"), module_place(model, "blocks.1")
+    with pytest.raises(AttachError, match=r"where: blocks.1 gives \(1, 101, 64\), wanted vectors"):
+        Rest(model, *places, maps_of((1, 3, 160, 160)), "fp32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_rest_of_a_half_precision_model_is_in_full(dtype: torch.dtype) -> None:
+    model = make("timm/test_resnet")
+    stage, pooled = find_place(model, at="layer2"), find_place(model)
+    half = copy.deepcopy(model).to(dtype)
+    whole = copy.deepcopy(half).float()
+    image, maps = maps_of((1, 3, 64, 64)), maps_of((2, 48, 8, 8))
+    results = []
+    for host in (half, whole):
+        rest = Rest(host, stage, pooled, image.to(host.conv1[0].weight.dtype), "fp32")  # type: ignore[index, union-attr]
+        block: Any = FeatureTransferBlock(48, 16)
+        rest.attach(stage, block)
+        assert {p.dtype for p in rest.parameters()} == {torch.float32}
+        feature = rest(maps)
+        feature.square().mean().backward()
+        results.append((feature.detach(), block.units[-1].project.weight.grad))
+    assert {p.dtype for p in half.parameters()} == {dtype}
+    for mine, wanted in zip(*results, strict=True):
+        assert torch.equal(mine, wanted)

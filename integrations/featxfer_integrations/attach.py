@@ -7,6 +7,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -243,7 +244,7 @@ def _given(
         raise ArtifactError(f"{source}: {module.kind} for branch={branch!r}, got {place.branch!r}")
     check_fit(module, module.card, source, in_features=width)
     if module.card is not None:
-        _check_weights(model, place, module.card, source)
+        _check_weights(model, place, module.card, f"{source}: {module.kind}")
     _warn_of_degradation(module, degradation)
     _warn_of_blocks(model, module)
     return module
@@ -454,7 +455,7 @@ def _check_weights(model: nn.Module, place: Place, card: Card, source: str) -> N
     if got != wanted:
         of = f"in {trained}" if wanted else f"in {trained} alone"
         raise ArtifactError(
-            f"{source}: for backbone {card.backbone} with weights {card.backbone_sha256[:12]} "
+            f"{source} for backbone {card.backbone} with weights {card.backbone_sha256[:12]} "
             f"{of}, wanted weights {got[:12]} in {now}"
         )
 
@@ -629,20 +630,35 @@ def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
-def prove(model: nn.Module, places: Sequence[Place]) -> None:
+class _Nothing(TransferModule):
+    """What returns its input."""
+
+    kind = "nothing"
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The features themselves."""
+        return features
+
+
+def prove(model: nn.Module, places: Sequence[Place], image: Tensor) -> None:
     """Attaches something at each place, sees by one image that it acts, and takes it away again.
 
-    Raises `AttachError` where it does not; the model is as it was.
+    Args:
+        model: the host; it is as it was after, whatever happens.
+        places: where something is or will be attached.
+        image: `(1, c, h, w)` in the host's dtype, on its device.
+
+    Raises:
+        AttachError: what is attached at a place changes nothing, or the model does not run.
     """
-    detector, image = detector_host(model), probe_image(model)
+    detector = detector_host(model)
     added = [place for place in places if attached_at(model, place) is None]
     try:
         for place in added:
-            width, options = _sizes_at(model, place, None)
-            install(model, place, place.kind(width, **options))
-        answers = None if detector is None else lambda batch: detector.answers(model, batch)
+            install(model, place, _Nothing())
+        run = None if detector is None else partial(detector.answers, model)
         try:
-            acts = attached_runs(model, image, run=answers)
+            acts = attached_runs(model, image, run=run)
         except (AttachError, ValueError):
             raise
         except Exception as error:  # whatever a foreign model raises

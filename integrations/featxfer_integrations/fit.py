@@ -49,6 +49,7 @@ from featxfer_integrations._attach import (
     AttachError,
     Place,
     attached_at,
+    black_image,
     check_host,
     gives_clusters,
     host_parameter,
@@ -81,6 +82,8 @@ from featxfer_integrations.attach import (
     detector_host,
     find_place,
     host_of,
+    prove,
+    weights_details,
 )
 from featxfer_integrations.deep import (
     BlockPlan,
@@ -294,6 +297,8 @@ def fit_transfer(
         _check_on_top(model, place, recipe, warm_start)
     _check_other_blocks(model, plans)
     place = _placed(model, place, views[0].hr_size)
+    side = views[0].hr_size
+    prove(model, [*(plan.place for plan in plans), place], black_image(model, side, side))
     task = _Task(
         model=model,
         place=place,
@@ -364,11 +369,11 @@ class _Task:
         """The numbers of clusters for so many images."""
         return tuple(k or min(100, max(1, images // 10)) for k in self.clusters)
 
-    def card(self, fit: TransferFit, log: Sequence[EpochLog], **details: Any) -> Card:
+    def card(self, place: Place, fit: TransferFit, log: Sequence[EpochLog], **details: Any) -> Card:
         """The card of a module."""
         return Card(
             self.backbone.name,
-            str(details.pop("sha256")),
+            backbone_sha256(self.model, place),
             tuple(self.views) if self.lr_images is None else (),
             {
                 "host": self.backbone.host,
@@ -376,6 +381,7 @@ class _Task:
                 "depth": fit.depth,
                 "images": fit.images,
                 "images_fingerprint": self.images.fingerprint,
+                "images_depth": self.images.depth,
                 "objective": self.objective,
                 **self.place.described,
                 "seed": self.seed,
@@ -386,6 +392,7 @@ class _Task:
                 ],
                 "final_loss": log[-1].loss,
                 "versions": software_versions(),
+                **weights_details(self.model, place),
                 **details,
             },
         )
@@ -440,9 +447,9 @@ def _fit_pooled(task: _Task) -> _Trained:
         skipped,
     )
     head.card = task.card(
+        task.place,
         fit,
         log,
-        sha256=task.backbone.weights_sha256,
         recipe=recipe.to_dict(),
         precision=precision,
     )
@@ -542,18 +549,18 @@ def _fit_deep(task: _Task, plans: Sequence[BlockPlan]) -> _Trained | None:
     )
     for plan in plans:
         blocks[plan.module].card = task.card(
+            plan.place,
             fit,
             deep.log,
-            sha256=backbone_sha256(model, plan.place),
             recipe=block_recipe.to_dict(),
             precision=rest.precision,
             at=plan.module,
         )
     if log:
         head.card = task.card(
+            task.place,
             fit,
             log,
-            sha256=task.backbone.weights_sha256,
             recipe=recipe.to_dict(),
             precision=rest.precision,
             after=[plan.module for plan in plans],
@@ -631,9 +638,9 @@ def _fit_unpaired(task: _Task, lr_images: Images, unpaired: str) -> _Trained:
         )
     fit = TransferFit(log, [], [], len(lr), {**rows[0].skipped, **rows[1].skipped})
     head.card = task.card(
+        task.place,
         fit,
         log,
-        sha256=task.backbone.weights_sha256,
         recipe=recipe.to_dict(),
         precision=precision,
         unpaired=unpaired,

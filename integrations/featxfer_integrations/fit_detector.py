@@ -56,7 +56,15 @@ from featxfer_integrations._fitting import (
     split,
     tell,
 )
-from featxfer_integrations.attach import backbone_sha256, find_places, host_of, maps_at
+from featxfer_integrations.attach import (
+    backbone_sha256,
+    find_places,
+    host_of,
+    maps_at,
+    probe_image,
+    prove,
+    weights_details,
+)
 from featxfer_integrations.boxes import DRAW, MOST_ROWS, Sampler, detector_key, fill_box_stores
 from featxfer_integrations.deep import BlockPlan, new_blocks
 from featxfer_integrations.detector_blocks import (
@@ -129,6 +137,7 @@ def fit_detector(task: DetectorTask) -> TransferFit:
         refuse_void("what is trained here is said, however long it takes", minutes=task.minutes)
         _refuse_void(task, places)
     standing = _standing(task.model, places)
+    prove(task.model, places, probe_image(task.model))
     task, skipped = _readable(task)
     plans = [_plan(task.model, place) for place in places if place.block]
     heads = [place for place in places if not place.block]
@@ -449,6 +458,7 @@ def _card(
             "depth": fit.depth,
             "images": fit.images,
             "images_fingerprint": task.images.fingerprint,
+            "images_depth": task.images.depth,
             "objective": task.objective or OBJECTIVE,
             **place.described,
             "seed": task.seed,
@@ -459,6 +469,7 @@ def _card(
             ],
             "final_loss": log[-1].loss,
             "versions": software_versions(),
+            **weights_details(task.model, place),
             **details,
         },
     )

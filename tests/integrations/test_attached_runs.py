@@ -27,7 +27,13 @@ from featxfer_integrations import (
     transfer_disabled,
     transfers_of,
 )
-from featxfer_integrations.attach import backbone_sha256, find_place, prove, weights_details
+from featxfer_integrations.attach import (
+    backbone_sha256,
+    find_place,
+    probe_image,
+    prove,
+    weights_details,
+)
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -101,10 +107,10 @@ def test_proof_before_a_fit_leaves_the_model_as_it_was(where: str) -> None:
     keys, hooks = list(model.state_dict()), len(model.pool[-1]._forward_hooks)
     places = [find_place(model, where=where), find_place(model, at="norm")]
     if where == "pool":
-        prove(model, places)
+        prove(model, places, IMAGES)
     else:
         with pytest.raises(AttachError, match="attached at 'aside' changes nothing that Tiny"):
-            prove(model, places)
+            prove(model, places, IMAGES)
     assert list(model.state_dict()) == keys
     assert len(model.pool[-1]._forward_hooks) == hooks
     assert list(transfers_of(model)) == list(transfers_of(model).places) == ["norm"]
@@ -118,7 +124,7 @@ def test_proof_in_detectors_does_not_hang_on_scores(
         holder = detector.roi_heads if kind == "faster r-cnn" else detector
         holder.score_thresh = 2.0  # nothing is found
         attach_transfer(attach_transfer(detector, where="backbone"), where="boxes")
-        prove(detector, list(transfers_of(detector).places.values()))
+        prove(detector, list(transfers_of(detector).places.values()), probe_image(detector))
 
 
 # Compilers
@@ -338,7 +344,8 @@ def test_the_dtype_of_weights_is_apart_from_their_hash(
         with pytest.raises(ValueError, match=r"with weights \w+ in \w+ alone"):
             load_transfers(other, tmp_path)
         return
-    assert transfers_of(load_transfers(other, tmp_path))["pool"].input_mean.dtype == deployed
+    head = transfers_of(load_transfers(other, tmp_path))["pool"]
+    assert {value.dtype for value in head.parameters()} == {deployed}
     wrong = make().to(deployed)
     with torch.no_grad():
         wrong.conv.weight[0, 0, 0, 0] += 1

@@ -3,6 +3,7 @@
 from featxfer.artifact import ArtifactError, Card, load_head, save_head
 from featxfer.backbone import Backbone, Preprocessing
 from featxfer.block import FeatureTransferBlock
+from featxfer.checkpoint import CheckpointError, EpochLog
 from featxfer.degrade import BaseDegradation, Degradation, ScaledDegradation
 from featxfer.features import Features, extract_features, fill_stores
 from featxfer.head import FeatureTransferHead
@@ -27,17 +28,13 @@ from featxfer.objectives import (
     make_objective,
 )
 from featxfer.pairs import PairAgreement, compare_pairs
+from featxfer.recipe import BLOCK_RECIPE, FEATURES_RECIPE, Recipe
 from featxfer.scaling import scale_features
 from featxfer.store import FeatureStore, StoreError
 from featxfer.svm import PROTOCOLS, LinearSVMs, Protocol, average_precisions, train_svms
 from featxfer.trainer import (
-    BLOCK_RECIPE,
-    FEATURES_RECIPE,
-    CheckpointError,
     DivergenceError,
-    EpochLog,
     PseudoLabelTrainer,
-    Recipe,
     fit_features_head,
     fit_head,
     warm_start_head,

@@ -113,7 +113,7 @@ class FeatureTransferBlock(TransferModule):
         check_floating("maps", maps)
         planes = self._planes(maps)
         for unit in self.units:
-            planes = planes - unit(self._normalised(planes)).to(maps.dtype)
+            planes = planes - unit(self.normalise(planes)).to(maps.dtype)
         return planes if self.layout == "nchw" else planes.movedim(1, -1)
 
     def _planes(self, maps: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from featxfer._checks import check_integer
 from featxfer.head import FeatureTransferHead
 from featxfer.labels import Clustering, count_distinct, kmeans
-from featxfer.trainer import Recipe, fit_features_head
+from featxfer.recipe import Recipe
+from featxfer.trainer import fit_features_head
 
 Rows = npt.NDArray[np.float32]
 

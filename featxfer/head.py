@@ -62,7 +62,13 @@ class FeatureTransferHead(TransferModule):
             for "features", 0 for "clusters".
         scaling: of each feature before all else, "none" or "l2" (see `scale_features`; a feature of
             zeros stays zeros). "l2" is for "clusters": "features" are in the space of the input.
-        seed: of the initialisation. The global random state is neither read nor changed.
+        seed: of the initialisation, and of dropout in a training loop of one's own, which draws
+            from `generator`. The global random state is neither read nor changed.
+
+    Attributes:
+        generator: of dropout, on the CPU wherever the head is; in no state dict. Seed it anew where
+            several processes train copies of one head. In training `torch.compile` breaks its graph
+            at dropout, and activation checkpointing around the head is refused.
 
     Raises:
         ValueError: a size below 1, an unknown output, activation or scaling, a dropout outside
@@ -103,6 +109,7 @@ class FeatureTransferHead(TransferModule):
         self.activation = activation
         self.dropout = float(dropout)
         self.scaling = scaling
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         out_features = in_features if output == "features" else clusters
         make: Any = partial(nn.utils.skip_init, nn.Linear, device=torch.get_default_device())
         self.fc1 = make(in_features, hidden_features)
@@ -146,9 +153,10 @@ class FeatureTransferHead(TransferModule):
 
     def hidden(self, features: Tensor) -> Tensor:
         """Activations between the layers: `(..., in_features) -> (..., hidden_features)`."""
-        z = self._normalised(scale_rows(features, self.scaling)).to(self.fc1.weight.dtype)
+        z = self.normalise(scale_rows(features, self.scaling)).to(self.fc1.weight.dtype)
         hidden = ACTIVATIONS[self.activation](self.fc1(z))
-        return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+        drops = self.training and self.dropout
+        return _drop(hidden, self.dropout, self.generator) if drops else hidden
 
     def forward(self, features: Tensor) -> Tensor:
         """Transferred features, see the class; `ValueError` for another width or integers."""
@@ -232,3 +240,24 @@ class FeatureTransferHead(TransferModule):
         finally:
             self.train(training)
         return torch.cat([part.to("cpu", torch.float32) for part in parts])
+
+
+# as torch.compiler.disable, which imports the compiler at once
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _drop(hidden: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Dropout of which `generator`, on the CPU, draws the seed, whatever the device of `hidden`.
+
+    Raises `RuntimeError` inside a backward pass, where activation checkpointing runs a head again:
+    another mask than in the forward pass would give wrong gradients.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "dropout: got a head that activation checkpointing runs again, wanted one outside of "
+            "it, or with `head.dropout = 0`: what it drops would not be the same again"
+        )
+    if hidden.is_meta:
+        return F.dropout(hidden, share)
+    seed = torch.randint(2**63 - 1, (), generator=generator, device="cpu")
+    mask = torch.Generator(hidden.device).manual_seed(int(seed))
+    kept = torch.empty_like(hidden).bernoulli_(1 - share, generator=mask)
+    return hidden * kept.div_(1 - share)

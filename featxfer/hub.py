@@ -56,7 +56,7 @@ class TransferModule(nn.Module, PyTorchModelHubMixin):
         """The arguments that make a module of the same shape, as JSON types."""
         raise NotImplementedError
 
-    def _normalised(self, features: Tensor) -> Tensor:
+    def normalise(self, features: Tensor) -> Tensor:
         """`(features - input_mean) / input_std` within +-`LARGEST_Z`, in float32 or wider."""
         centred = features - self.input_mean  # the wider of the dtypes, and new memory
         return centred.div_(self.input_std).clamp_(-LARGEST_Z, LARGEST_Z)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from featxfer._checks import (
     ArrayLike,
@@ -26,156 +26,44 @@ from featxfer._checks import (
     check_paired,
     variance_of,
 )
-from featxfer._files import write_atomic
+from featxfer._processes import Processes
+from featxfer.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    EpochLog,
+    read_checkpoint,
+    write_checkpoint,
+)
 from featxfer.forward import PRECISIONS, bf16_is_fast
 from featxfer.head import FeatureTransferHead
 from featxfer.labels import Clustering, pseudo_labels
 from featxfer.objectives import LabelCrossEntropy, Objective, make_objective
+from featxfer.recipe import FEATURES_RECIPE, Recipe
 
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("steps", "one-cycle")
+_GLOBAL_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+"""Layers of torch that draw from its global generator."""
 
 
 class DivergenceError(ArithmeticError):
     """The loss became infinite or NaN; the head holds the weights of the last good epoch."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or of another module; training has not begun."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How the network is trained.
-
-    The paper (section 4.3) names multinomial logistic loss, mini-batch SGD with momentum, weight
-    decay and a learning rate that is stepped down. It states none of the values: all are ours.
-    The defaults are for the paper's head; `FEATURES_RECIPE` is for output "features".
-
-    Args:
-        epochs: passes over the rows, >= 1.
-        batch_size: rows a step, >= 1.
-        learning_rate: the highest, > 0.
-        momentum: in [0, 1); of "adamw" the first beta.
-        weight_decay: of weights and biases, >= 0; "adamw" decouples it.
-        steps: of schedule "steps": the learning rate is multiplied by `gamma` once each of these
-            shares of the training is done, each in (0, 1).
-        gamma: > 0.
-        optimizer: "sgd" (the paper) or "adamw".
-        schedule: "steps" (the paper), or "one-cycle": up in a straight line over the first 30% of
-            the training, down to zero along a cosine.
-
-    Raises:
-        ValueError: a value outside of these.
-    """
-
-    epochs: int = 30
-    batch_size: int = 128
-    learning_rate: float = 0.03
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    steps: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    optimizer: str = "sgd"
-    schedule: str = "steps"
-    patience: int = 0
-
-    def __post_init__(self) -> None:
-        check_integer("epochs", self.epochs, at_least=1)
-        check_integer("batch_size", self.batch_size, at_least=1)
-        check_integer("patience", self.patience, at_least=0)
-        for name, valid, wanted in (
-            ("learning_rate", self.learning_rate > 0, "> 0"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, ">= 0"),
-            ("gamma", self.gamma > 0, "> 0"),
-            ("steps", all(0 < step < 1 for step in self.steps), "shares in (0, 1)"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted {wanted}")
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("schedule", self.schedule, SCHEDULES)
-
-    def learning_rate_at(self, epoch: int, share: float = 0.0) -> float:
-        """The learning rate of epoch 0, 1, ... once a `share` in [0, 1) of that epoch is done.
-
-        Schedule "steps" changes it between epochs only.
-        """
-        if self.schedule == "steps":
-            passed = sum(epoch >= step * self.epochs for step in self.steps)
-            return self.learning_rate * self.gamma**passed
-        progress = (epoch + share) / self.epochs
-        if progress < _WARM_UP:
-            return self.learning_rate * (0.04 + 0.96 * progress / _WARM_UP)
-        down = (progress - _WARM_UP) / (1 - _WARM_UP)
-        return self.learning_rate * (1 + math.cos(math.pi * down)) / 2
-
-    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters."""
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters,
-                lr=self.learning_rate,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-                fused=True,
-            )
-        return torch.optim.AdamW(
-            parameters,
-            lr=self.learning_rate,
-            betas=(self.momentum, 0.999),
-            weight_decay=self.weight_decay,
-            fused=True,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON types."""
-        return {**dataclasses.asdict(self), "steps": list(self.steps)}
-
-
-FEATURES_RECIPE = Recipe(
-    epochs=80,
-    batch_size=256,
-    learning_rate=3e-4,
-    weight_decay=0.05,
-    optimizer="adamw",
-    schedule="one-cycle",
-)
-"""For a head with output "features"."""
-
-BLOCK_RECIPE = Recipe(
-    epochs=24,
-    batch_size=64,
-    learning_rate=4e-3,
-    weight_decay=0.05,
-    optimizer="adamw",
-    schedule="one-cycle",
-)
-"""For blocks, trained through the frozen rest of their backbone."""
-
-_WARM_UP = 0.3
-
-
-@dataclass(frozen=True)
-class EpochLog:
-    """One epoch: mean loss, label accuracy in [0, 1] while training, first rate and seconds.
-
-    `held_out_loss` is the mean loss on held-out rows after the epoch, None where there are none.
-    """
-
-    epoch: int
-    loss: float
-    label_accuracy: float
-    learning_rate: float
-    seconds: float
-    held_out_loss: float | None = None
-
-
 class Rows(Protocol):
     """What a trainer draws mini-batches from, where it is more than two arrays in memory."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Indices of the rows of one epoch, int64 `(m,)`, in the order that they are taken."""
+        """Indices of the rows of one epoch, int64 `(m,)`, in the order that they are taken.
+
+        Called as each epoch begins. Where a module draws from torch's global generator, seed that
+        here by a draw from `generator`: then a checkpoint goes on to the same weights.
+        """
         ...
 
     def take(self, indices: Tensor) -> tuple[Any, Any]:
@@ -189,7 +77,7 @@ class _InMemory:
     targets: Tensor
 
     def order(self, generator: torch.Generator) -> Tensor:
-        return torch.randperm(len(self.inputs), generator=generator)
+        return torch.randperm(len(self.inputs), generator=generator, device="cpu")
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         indices = indices.to(self.inputs.device)
@@ -203,16 +91,25 @@ class PseudoLabelTrainer:
     `step` does one mini-batch, for a loop of one's own. Parameters that ask for no gradient, such
     as frozen layers behind a block, are left alone.
 
+    In several processes `head` is a `DistributedDataParallel`, outermost. Each process draws from
+    rows of its own, as many in each, `recipe.batch_size` at a time, with one recipe and seed. They
+    take part in one training: losses, log and weights are those of all rows, and all keep the same
+    weights, end together, and fail together where rows or losses are bad. With the same batches
+    and without dropout it is the training of one process, but for rounding.
+
     Args:
-        head: of rows `(n, d)`; trained in place, on the device of its parameters. In several
-            processes a `DistributedDataParallel` of it: each process then draws from rows of its
-            own, as many in each, and all have the same weights.
+        head: of rows `(n, d)`; trained in place, on the device of its parameters.
         recipe: see `Recipe`.
         objective: what is minimised; by default the paper's cross-entropy on pseudo-labels.
-        seed: of the order of the rows and of dropout. In `fit` the global random state is neither
-            read nor changed.
+        seed: in [0, 2**63), of the order of the rows and, in `fit`, of the dropout of
+            `FeatureTransferHead`, which differs by process. The global random state is neither
+            read nor changed; layers of torch that drop (`nn.Dropout`) read it, and are warned of.
         precision: of the head's matrix products: "fp32"; "bf16", by autocast; "auto", that where
             the hardware multiplies in it. Weights, optimizer and loss are as they are.
+
+    Raises:
+        ValueError: a value outside of these, no parameter that asks for a gradient, or a
+            `DistributedDataParallel` inside another module.
     """
 
     def __init__(
@@ -225,12 +122,18 @@ class PseudoLabelTrainer:
         precision: str = "fp32",
     ) -> None:
         check_integer("seed", seed, at_least=0)
+        if seed >= 2**63:
+            raise ValueError(f"seed: got {seed}, wanted an int below 2**63")
         check_choice("precision", precision, PRECISIONS)
         self.head = head
+        self.module: nn.Module = head.module if isinstance(head, DistributedDataParallel) else head
+        if any(isinstance(part, DistributedDataParallel) for part in self.module.modules()):
+            raise ValueError("head: got a DistributedDataParallel inside it, wanted it outermost")
+        self.processes = Processes(head)
         self.recipe = recipe or Recipe()
-        self.objective = objective or LabelCrossEntropy()
+        self.objective = LabelCrossEntropy() if objective is None else objective
         self.seed = seed
-        self.parameters = {n: p for n, p in head.named_parameters() if p.requires_grad}
+        self.parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("head: got no parameter that asks for a gradient, wanted one")
         self.optimizer = self.recipe.make_optimizer(self.parameters.values())
@@ -242,7 +145,7 @@ class PseudoLabelTrainer:
         Returns the loss before the update, detached, and the number of right labels: two scalars.
         The learning rate is the optimizer's own: set it as you like.
         """
-        loss, right = self.objective(self._outputs(features), targets)
+        loss, right = self.objective(self._outputs(self.head, features), targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -252,12 +155,15 @@ class PseudoLabelTrainer:
     def _device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
-    def _outputs(self, features: Any) -> Any:
-        device = self._device
-        if self.precision == "fp32" or (self.precision == "auto" and not bf16_is_fast(device)):
-            return self.head(features)
-        with torch.autocast(device.type, torch.bfloat16):
-            return self.head(features).float()
+    @property
+    def _in_bf16(self) -> bool:
+        return self.precision == "bf16" or (self.precision == "auto" and bf16_is_fast(self._device))
+
+    def _outputs(self, module: nn.Module, features: Any) -> Any:
+        if not self._in_bf16:
+            return module(features)
+        with torch.autocast(self._device.type, torch.bfloat16):
+            return module(features).float()
 
     def fit(
         self,
@@ -282,21 +188,35 @@ class PseudoLabelTrainer:
             callback: called after each epoch with its log; an exception from it ends training.
 
         Raises:
-            ValueError: other shapes or dtypes, NaN or infinity (the row is named).
+            ValueError: other shapes or dtypes, NaN or infinity (the row is named), a recipe with
+                `patience` without `held_out`; processes with unequal numbers of rows.
             DivergenceError: a loss that is not finite; the head keeps the last good epoch.
+            RuntimeError: another process had an error.
         """
-        rows = as_features("features", features)
-        sets = [(rows, targets)]
-        if held_out is not None:
-            sets.append((as_features("held_out", held_out[0], width=rows.shape[1]), held_out[1]))
-        sets = [(part.to(self._device), wanted.to(self._device)) for part, wanted in sets]
-        with torch.no_grad(), _evaluating(self.head):
-            for part, wanted in sets:
-                self.objective.check(self._outputs(part[:1]), wanted, len(part))
-        others = [_InMemory(*part) for part in sets[1:]]
-        return self.fit_rows(
-            _InMemory(*sets[0]), held_out=others[0] if others else None, callback=callback
-        )
+        _check_patience(self.recipe, held_out)
+        with self.processes.together():
+            rows = self._in_memory("features", features, targets)
+            judged = None
+            if held_out is not None:
+                judged = self._in_memory("held_out", *held_out, width=rows.inputs.shape[1])
+        return self.fit_rows(rows, held_out=judged, callback=callback)
+
+    @torch.no_grad()
+    def _in_memory(
+        self, name: str, features: ArrayLike, targets: Tensor, width: int | None = None
+    ) -> _InMemory:
+        """Rows and their targets on the head's device, once the objective has checked them."""
+        rows = as_features(name, features, width=width).to(self._device)
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"targets: got {type(targets).__name__}, wanted a torch.Tensor")
+        targets = targets.to(self._device)
+        with _evaluating(self.module):
+            outputs = self._outputs(self.module, rows[:1])
+        try:
+            self.objective.check(outputs, targets, len(rows))
+        except ValueError as error:
+            raise ValueError(f"held_out: {error}" if name == "held_out" else str(error)) from error
+        return _InMemory(rows, targets)
 
     def fit_rows(
         self,
@@ -314,38 +234,84 @@ class PseudoLabelTrainer:
             held_out: the same, as `fit` has it.
             held_out_batch: how many of these are taken at a time.
             checkpoint: a file that is written after each epoch; where it exists, training goes on
-                from it to the same weights, bit for bit. It is the caller's to see that it is of
-                the same rows, recipe and seed.
+                from it to the same weights, bit for bit. Recipe, seed, precision, the objective's
+                class and numbers, and the names and shapes of what is trained have to be those
+                that it was written with; that the rows are is the caller's to see. Several
+                processes share one file: the first writes it, and each goes on from it.
             callback: as in `fit`.
 
         Raises:
+            ValueError: as `fit`; no rows; a held-out loss that is not finite before training.
             DivergenceError: as `fit`.
-            CheckpointError: a checkpoint of another module, or damaged.
+            CheckpointError: a checkpoint that is damaged, or of another training; nothing has been
+                changed.
             DiskError: the checkpoint cannot be written.
+            RuntimeError: another process had an error.
         """
-        progress = _Progress(torch.Generator().manual_seed(self.seed))
-        training = self.head.training
-        devices = [self._device] if self._device.type == "cuda" else []
+        _check_patience(self.recipe, held_out)
+        check_integer("held_out_batch", held_out_batch, at_least=1)
+        path = None if checkpoint is None else Path(checkpoint)
+        settings = self._settings(held_out is not None)
+        self._check_alike(settings, path)
+        rank, size = self.processes.rank, self.processes.size
+        progress = _Progress(_seeded(self.seed), _seeded((self.seed * size + rank) % 2**63))
         judge = None
         if held_out is not None:
             judge = partial(self._judge, held_out, held_out_batch)
-        try:
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(self.seed)
-                if checkpoint is not None and checkpoint.exists():
-                    progress = self._resume(checkpoint, progress.generator)
-                elif judge is not None:
-                    self._note(progress, judge())
-                while not self._is_done(progress):
-                    self._epoch(progress, rows, judge)
-                    if checkpoint is not None:
-                        self._keep(checkpoint, progress)
-                    if callback is not None:
+        with _modes_kept(self.head), _dropout_from(self.module, progress.dropout):
+            self.head.train()
+            _warn_of_dropout(self.module)
+            if path is not None and path.exists():
+                with self.processes.together():
+                    self._resume(path, settings, progress)
+            elif judge is not None:
+                first = judge()
+                if not math.isfinite(first):
+                    raise ValueError(
+                        f"held_out: got a loss of {first} before training, wanted a finite one"
+                    )
+                self._note(progress, first)
+            while not self._is_done(progress):
+                self._epoch(progress, rows, judge)
+                if path is not None:
+                    self._keep(path, settings, progress)
+                if callback is not None:
+                    with self.processes.together():
                         callback(progress.log[-1])
-        finally:
-            self.head.train(training)
         self._restore(progress.best)
         return progress.log
+
+    def _settings(self, judged: bool) -> dict[str, Any]:
+        """What training hangs on besides the rows, as JSON types, as far as it can be told."""
+        numbers = {
+            name: value
+            for name, value in getattr(self.objective, "__dict__", {}).items()
+            if isinstance(value, str | int | float)
+        }
+        settings = {
+            "recipe": self.recipe.to_dict(),
+            "seed": self.seed,
+            "precision": "bf16" if self._in_bf16 else "fp32",
+            "objective": {"class": type(self.objective).__qualname__, **numbers},
+            "held_out": judged,
+            "processes": self.processes.size,
+        }
+        told: dict[str, Any] = json.loads(json.dumps(settings, default=float))
+        return told
+
+    def _check_alike(self, settings: Mapping[str, Any], path: Path | None) -> None:
+        """Raises `ValueError` in all processes unless all were asked for the same training."""
+        asked = {
+            "recipe, seed, precision, objective, held_out": zlib.crc32(repr(settings).encode()),
+            "checkpoint": path is not None,
+            "checkpoint's file": path is not None and path.exists(),
+        }
+        for name, given in zip(asked, self.processes.numbers(*asked.values()).T, strict=True):
+            if not bool((given == given[0]).all()):
+                raise ValueError(
+                    f"{name}: got others in some of {self.processes.size} processes, wanted the "
+                    "same in all"
+                )
 
     def _is_done(self, progress: _Progress) -> bool:
         """Whether all epochs are done, or the held-out loss has not fallen for `patience` ones."""
@@ -356,132 +322,223 @@ class PseudoLabelTrainer:
         return bool(patience and losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
     def _epoch(self, progress: _Progress, rows: Rows, judge: Callable[[], float] | None) -> None:
-        start, epoch, device = time.perf_counter(), len(progress.log), self._device
-        good = {name: p.detach().clone() for name, p in self.parameters.items()}
-        batches = rows.order(progress.generator).split(self.recipe.batch_size)
-        first_rate = self.recipe.learning_rate_at(epoch)
-        losses, right, count = [], [], 0
+        start, epoch = time.perf_counter(), len(progress.log)
+        rate = self.recipe.learning_rate_at(epoch)
+        with self.processes.together():
+            order = rows.order(progress.order)
+        counts = [int(count) for count in self.processes.numbers(len(order))]
+        if 0 in counts or len(set(counts)) > 1:
+            raise ValueError(
+                f"rows: got {counts} rows in {len(counts)} processes, wanted some, as many in each"
+            )
+        good = _copied(self._state())
         self.head.train()
+        total, right, bad = self._pass(rows, order, epoch)
+        self.processes.broadcast(self._buffers().values())
+        what, judged = f"loss or weights are not finite at epoch {epoch}, step {bad:g}", None
+        if judge is not None and bad == math.inf:
+            judged = judge()
+            what = f"the held-out loss is not finite after epoch {epoch}"
+        if bad < math.inf or (judged is not None and not math.isfinite(judged)):
+            self._restore(good)
+            raise DivergenceError(
+                f"{what} (learning rate {rate:g}); the weights are those from before that epoch"
+            )
+        if judged is not None:
+            self._note(progress, judged)
+        count, seconds = sum(counts), time.perf_counter() - start
+        progress.log.append(EpochLog(epoch, total / count, right / count, rate, seconds, judged))
+
+    def _pass(self, rows: Rows, order: Tensor, epoch: int) -> tuple[float, float, float]:
+        """One pass over the rows: of all processes the sums of the loss and of right labels.
+
+        And the first step whose loss is not finite, or the number of steps where only the weights
+        after them are not; infinity where all is well.
+        """
+        batches, losses, right = order.split(self.recipe.batch_size), [], []
         for step, batch in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate_at(epoch, step / len(batches))
             inputs, targets = rows.take(batch)
-            loss, hits = self.step(inputs.to(device), targets.to(device))
+            loss, hits = self.step(inputs.to(self._device), targets.to(self._device))
             losses.append(loss * len(batch))
             right.append(hits)
-            count += len(batch)
-        mean_loss = float(torch.stack(losses).sum()) / count
-        if not (math.isfinite(mean_loss) and self._weights_are_finite()):
-            self._restore(good)
+        total, bad = float(torch.stack(losses).sum()), math.inf
+        if not (math.isfinite(total) and self._weights_are_finite()):
             finite = [math.isfinite(float(loss)) for loss in losses]
-            step = finite.index(False) if False in finite else len(finite)
-            raise DivergenceError(
-                f"loss or weights are not finite at epoch {epoch}, step {step} (learning rate "
-                f"{first_rate:g}); the weights are those from before that epoch"
-            )
-        judged = None if judge is None else judge()
-        if judged is not None:
-            self._note(progress, judged)
-        accuracy, seconds = int(torch.stack(right).sum()) / count, time.perf_counter() - start
-        progress.log.append(EpochLog(epoch, mean_loss, accuracy, first_rate, seconds, judged))
+            bad = finite.index(False) if False in finite else len(finite)
+        found = self.processes.numbers(total, int(torch.stack(right).sum()), bad)
+        return float(found[:, 0].sum()), float(found[:, 1].sum()), float(found[:, 2].min())
 
     def _note(self, progress: _Progress, judged: float) -> None:
         """Keeps the weights if their held-out loss is the lowest so far."""
         if judged < progress.lowest:
             progress.lowest = judged
-            progress.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+            progress.best = _copied(self._state())
 
     @torch.no_grad()
     def _judge(self, held_out: Rows, size: int) -> float:
-        """The mean loss on held-out rows."""
-        device = self._device
-        order = held_out.order(torch.Generator().manual_seed(0))
-        total = 0.0
-        with _evaluating(self.head):
-            for batch in order.split(size):
+        """The mean loss on the held-out rows of all processes."""
+        total, count = 0.0, 0
+        with self.processes.together(), _evaluating(self.module):
+            order = held_out.order(_seeded(0))
+            for batch in order.split(size) if len(order) else ():
                 inputs, targets = held_out.take(batch)
-                loss, _ = self.objective(self._outputs(inputs.to(device)), targets.to(device))
+                outputs = self._outputs(self.module, inputs.to(self._device))
+                loss, _ = self.objective(outputs, targets.to(self._device))
                 total += float(loss) * len(batch)
-        return total / len(order)
+            count = len(order)
+        sums = self.processes.numbers(total, count).sum(0)
+        if not sums[1]:
+            raise ValueError("held_out: got no rows, wanted at least one")
+        return float(sums[0] / sums[1])
 
-    def _restore(self, weights: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in weights.items():
-                self.parameters[name].copy_(value)
+    def _buffers(self) -> dict[str, Tensor]:
+        """What is saved with the module besides its parameters, such as running statistics."""
+        saved = self.module.state_dict().keys()
+        return {name: value for name, value in self.module.named_buffers() if name in saved}
+
+    def _state(self) -> dict[str, Tensor]:
+        """What training may change."""
+        return {**self.parameters, **self._buffers()}
+
+    @torch.no_grad()
+    def _restore(self, state: Mapping[str, Tensor]) -> None:
+        own = self._state()
+        for name, value in state.items():
+            own[name].copy_(value)
 
     def _weights_are_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.parameters.values())
 
-    def _keep(self, path: Path, progress: _Progress) -> None:
-        tensors = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
+    def _keep(self, path: Path, settings: Mapping[str, Any], progress: _Progress) -> None:
+        tensors = {f"weights.{name}": value for name, value in self._state().items()}
         tensors |= {f"best.{name}": value for name, value in progress.best.items()}
         for name, p in self.parameters.items():
-            for part, value in self.optimizer.state[p].items():
+            for part, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{part}.{name}"] = value
-        tensors["random.order"] = progress.generator.get_state()
-        tensors["random.cpu"] = torch.get_rng_state()
-        if torch.cuda.is_initialized():
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
-        log = json.dumps([dataclasses.asdict(entry) for entry in progress.log])
-        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        said = {"log": log, "lowest": repr(progress.lowest)}
-        write_atomic(path, safetensors.torch.save(tensors, said))
+        for kind, generator in progress.generators.items():
+            for rank, state in enumerate(self.processes.gather(generator.get_state())):
+                tensors[f"random.{kind}.{rank}"] = state
+        with self.processes.together():
+            if self.processes.rank == 0:
+                write_checkpoint(path, Checkpoint(settings, progress.log, progress.lowest, tensors))
 
-    def _resume(self, path: Path, generator: torch.Generator) -> _Progress:
+    def _resume(self, path: Path, settings: Mapping[str, Any], progress: _Progress) -> None:
         """Weights, optimizer, randomness and log as after the checkpoint's last epoch."""
-        data = path.read_bytes()
+        own = self._state()
+        required = {f"weights.{name}": value for name, value in own.items()}
+        if settings["held_out"]:
+            required |= {f"best.{name}": value for name, value in own.items()}
+        for kind, generator in progress.generators.items():
+            for rank in range(self.processes.size):
+                required[f"random.{kind}.{rank}"] = generator.get_state()
+        moved = [
+            {
+                f"optimizer.{part}.{name}": value
+                for part, value in self.recipe.optimizer_state(p).items()
+            }
+            for name, p in self.parameters.items()
+        ]
+        found = read_checkpoint(path, settings, required, moved)
         try:
-            tensors = safetensors.torch.load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            log = [EpochLog(**entry) for entry in json.loads(header["__metadata__"]["log"])]
-            lowest = float(header["__metadata__"]["lowest"])
-            self._restore({name: tensors[f"weights.{name}"] for name in self.parameters})
-        except (
-            safetensors.SafetensorError,
-            KeyError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-        ) as error:
+            for kind, generator in progress.generators.items():
+                generator.set_state(found.tensors[f"random.{kind}.{self.processes.rank}"])
+        except RuntimeError as error:
             raise CheckpointError(
-                f"{path}: no checkpoint of this training ({type(error).__name__}: {error}); "
-                "delete it to start anew"
+                f"{path}: no checkpoint of this training ({error}); delete it to start anew"
             ) from error
-        best: dict[str, Tensor] = {}
-        for key, value in tensors.items():
+        self.optimizer.state.clear()
+        for key, value in found.tensors.items():
             kind, _, name = key.partition(".")
             if kind == "best":
-                best[name] = value
+                progress.best[name] = value
             elif kind == "optimizer":
-                part, _, owner = name.partition(".")
-                parameter = self.parameters[owner]
-                self.optimizer.state[parameter][part] = value.to(parameter.device)
-        generator.set_state(tensors["random.order"])
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"])
-        return _Progress(generator, log, lowest, best)
+                part, _, name = name.partition(".")
+                p = self.parameters[name]
+                self.optimizer.state[p][part] = value.to(p.device)
+        self._restore({name: found.tensors[f"weights.{name}"] for name in own})
+        progress.log.extend(found.log)
+        progress.lowest = found.lowest
 
 
 @dataclass
 class _Progress:
-    """Randomness of the order, the log, the lowest held-out loss and the weights that had it."""
+    """Generators of the order and of dropout, the log, the lowest held-out loss and its weights."""
 
-    generator: torch.Generator
+    order: torch.Generator
+    dropout: torch.Generator
     log: list[EpochLog] = field(default_factory=list)
     lowest: float = math.inf
     best: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def generators(self) -> dict[str, torch.Generator]:
+        return {"order": self.order, "dropout": self.dropout}
+
+
+def _seeded(seed: int) -> torch.Generator:
+    """A generator on the CPU, whatever torch's default device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
+
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the former mode after."""
-    training = module.training
-    module.eval()
+def _modes_kept(module: nn.Module) -> Iterator[None]:
+    """Each submodule is in its former mode after."""
+    modes = [(part, part.training) for part in module.modules()]
     try:
         yield
     finally:
-        module.train(training)
+        for part, training in modes:
+            if part.training != training:
+                part.train(training)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, the former modes after."""
+    with _modes_kept(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def _dropout_from(module: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """Dropout of heads draws from `generator` inside."""
+    heads = [part for part in module.modules() if isinstance(part, FeatureTransferHead)]
+    former = [head.generator for head in heads]
+    for head in heads:
+        head.generator = generator
+    try:
+        yield
+    finally:
+        for head, own in zip(heads, former, strict=True):
+            head.generator = own
+
+
+def _warn_of_dropout(module: nn.Module) -> None:
+    """Warns of layers in training mode that draw from torch's global generator."""
+    for name, part in module.named_modules():
+        if isinstance(part, _GLOBAL_DROPOUTS) and part.training and part.p > 0:
+            warnings.warn(
+                f"head: {name or type(part).__name__} draws from torch's global generator, so the "
+                "same seed does not give the same weights, nor does a checkpoint; seed it in "
+                "`order` of your `Rows`, or drop by a FeatureTransferHead",
+                stacklevel=3,
+            )
+            return
+
+
+def _check_patience(recipe: Recipe, held_out: object) -> None:
+    """Raises `ValueError` for a recipe with patience where there is nothing that it counts."""
+    if recipe.patience and held_out is None:
+        raise ValueError(
+            f"recipe: got patience={recipe.patience} without held_out rows, which it counts"
+        )
 
 
 def fit_head(
@@ -504,8 +561,8 @@ def fit_head(
         lr: LR features `(n, d)` of the same images, as they come.
         clustering: of the HR features as the head scales them, k clusters.
         labels: "nearest" (the paper) or "paired", see `pseudo_labels`.
-        recipe: see `Recipe`.
-        seed: of the order of the rows.
+        recipe: see `Recipe`; without `patience`, which counts on held-out rows.
+        seed: of the order of the rows and of dropout.
         precision: see `PseudoLabelTrainer`.
         callback: see `PseudoLabelTrainer.fit`.
 
@@ -513,11 +570,12 @@ def fit_head(
         ValueError, DivergenceError: as `pseudo_labels` and `PseudoLabelTrainer.fit`.
     """
     check_choice("head's output", head.output, ("clusters",))
+    trainer = PseudoLabelTrainer(head, recipe, seed=seed, precision=precision)
+    _check_patience(trainer.recipe, None)
     hr, lr = (as_features(name, rows) for name, rows in (("hr", hr), ("lr", lr)))
     check_paired(hr, lr)
     targets = pseudo_labels(head.scale(hr), head.scale(lr), clustering.centroids, labels)
     head.set_centroids(clustering.centroids)
-    trainer = PseudoLabelTrainer(head, recipe, seed=seed, precision=precision)
     return trainer.fit(lr, targets, callback=callback)
 
 
@@ -550,7 +608,7 @@ def fit_features_head(
             (`featxfer.unpaired`); by default the paired HR features.
         objective: a name of `featxfer.objectives.OBJECTIVES`.
         warm_start: whether the head begins with what ridge regression finds (`warm_start_head`).
-        recipe: see `Recipe`; by default `FEATURES_RECIPE`.
+        recipe: see `Recipe`, without `patience`; by default `FEATURES_RECIPE`.
         seed: of the order of the rows and of dropout.
         precision: see `PseudoLabelTrainer`.
         callback: see `PseudoLabelTrainer.fit`.
@@ -561,28 +619,35 @@ def fit_features_head(
         DivergenceError: as `PseudoLabelTrainer.fit`.
     """
     check_choice("head's output", head.output, ("features",))
-    wanted = as_features("hr", hr, width=head.in_features)
-    views = [as_features(f"lr[{i}]", rows, width=head.in_features) for i, rows in enumerate(lr)]
+    if warm_start:
+        check_choice("head's activation", head.activation, ("relu",))
+    recipe, device = recipe or FEATURES_RECIPE, head.fc1.weight.device
+    _check_patience(recipe, None)
+    wanted = as_features("hr", hr, width=head.in_features).to(device)
+    views = [
+        as_features(f"lr[{i}]", rows, width=head.in_features).to(device)
+        for i, rows in enumerate(lr)
+    ]
     if not views:
         raise ValueError("lr: got none, wanted the LR features of at least one degradation")
     goals = [wanted] * len(views)
     if targets is not None:
-        goals = [as_features(f"targets[{i}]", rows) for i, rows in enumerate(targets)]
+        goals = [as_features(f"targets[{i}]", rows).to(device) for i, rows in enumerate(targets)]
         if len(goals) != len(views):
             raise ValueError(f"targets: got {len(goals)} arrays for {len(views)} of lr")
     for rows, view in zip(goals, views, strict=True):
         check_paired(rows, view)
     variance = variance_of("hr", wanted)
     several = [clustering] if isinstance(clustering, Clustering) else list(clustering)
+    if not several:
+        raise ValueError("clustering: got none, wanted at least one")
     goal = make_objective(objective, [part.centroids for part in several], variance)
+    trainer = PseudoLabelTrainer(head, recipe, objective=goal, seed=seed, precision=precision)
     inputs, outputs = torch.cat([*views, wanted]), torch.cat([*goals, wanted])
-    head.set_input_statistics(inputs)
     head.set_centroids(several[0].centroids)
+    head.set_input_statistics(inputs)
     if warm_start:
         warm_start_head(head, inputs, outputs)
-    trainer = PseudoLabelTrainer(
-        head, recipe or FEATURES_RECIPE, objective=goal, seed=seed, precision=precision
-    )
     return trainer.fit(inputs, outputs, callback=callback)
 
 
@@ -605,16 +670,18 @@ def warm_start_head(head: FeatureTransferHead, inputs: ArrayLike, targets: Array
     """
     check_choice("head's output", head.output, ("features",))
     check_choice("head's activation", head.activation, ("relu",))
-    rows = as_features("inputs", inputs, width=head.in_features)
-    wanted = as_features("targets", targets, width=head.in_features)
+    rows = as_features("inputs", inputs, width=head.in_features).cpu()
+    wanted = as_features("targets", targets, width=head.in_features).cpu()
     check_paired(rows, wanted)
-    mean, std = head.input_mean.cpu().double(), head.input_std.cpu().double()
-    z, change = (rows.double() - mean) / std, (rows - wanted).double()
+    device = head.input_mean.device
+    z = head.normalise(rows.to(device).double()).cpu()
+    change = (rows - wanted).double()
     centre, offset = z.mean(0), change.mean(0)
     left, scale, right = torch.linalg.svd(z - centre, full_matrices=False)
     projected, total = left.T @ (change - offset), (change - offset).square().sum()
     best, penalty = math.inf, 1.0
-    for candidate in torch.logspace(-2, 5, 29, dtype=torch.float64) * len(z) / 100:
+    candidates = torch.logspace(-2, 5, 29, dtype=torch.float64, device="cpu") * len(z) / 100
+    for candidate in candidates:
         shrink = scale.square() / (scale.square() + candidate)
         residual = total - ((2 * shrink - shrink.square())[:, None] * projected.square()).sum()
         score = float(residual / (len(z) - shrink.sum()).square())

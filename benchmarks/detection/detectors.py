@@ -150,6 +150,8 @@ class _Photographs:
     objects: Sequence[ObjectBoxes]
 
     def order(self, generator: torch.Generator) -> Tensor:
+        # a detector draws its anchors from torch's global generator
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         rows = torch.randperm(len(self.images), generator=generator)
         return 4 * rows + torch.randint(4, rows.shape, generator=generator)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from featxfer import FeatureTransferHead, fit_head, kmeans, scale_features
+from featxfer import FeatureTransferHead, Recipe, fit_head, kmeans, scale_features
 from featxfer.labels import ASSIGNMENTS
-from featxfer.trainer import Recipe
 
 ROWS = torch.randn(64, 12, generator=torch.Generator().manual_seed(0)) * 3 + 5
 
@@ -207,6 +207,68 @@ def test_dropout_is_for_training_only() -> None:
     assert torch.equal(head.transfer(ROWS), head.eval()(ROWS).detach())
     assert FeatureTransferHead(12).dropout == 0.5
     assert FeatureTransferHead(12, output="clusters").dropout == 0.0
+
+
+def test_dropout_draws_from_the_heads_own_generator() -> None:
+    heads = [randomised(residual(dropout=0.5)).train() for _ in range(2)]
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = [heads[0](ROWS) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(torch.stack([heads[1](ROWS) for _ in range(2)]), torch.stack(first))
+    other = randomised(residual(dropout=0.5)).train()
+    other.generator.manual_seed(7)
+    assert not torch.equal(other(ROWS), first[0])
+
+
+def test_dropout_keeps_the_share_that_it_says_and_the_mean() -> None:
+    head = FeatureTransferHead(
+        12, hidden_features=4000, activation="identity", dropout=0.75
+    ).train()
+    with torch.no_grad():
+        head.fc1.weight.zero_()
+        head.fc1.bias.fill_(1)
+    hidden = head.hidden(torch.zeros(50, 12))
+    assert set(hidden.unique().tolist()) == {0.0, 4.0}
+    assert float((hidden == 0).float().mean()) == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_copied_head_drops_what_the_head_would() -> None:
+    head = randomised(residual(dropout=0.5)).train()
+    head(ROWS)
+    copies = [copy.deepcopy(head), pickle.loads(pickle.dumps(head))]
+    wanted = head(ROWS)
+    assert all(torch.equal(part(ROWS), wanted) for part in copies)
+    assert "generator" not in head.state_dict()
+
+
+def test_dropout_on_the_meta_device_and_in_bfloat16() -> None:
+    head = residual(dropout=0.5).train()
+    assert copy.deepcopy(head).to("meta")(torch.empty(3, 12, device="meta")).shape == (3, 12)
+    half = head.to(torch.bfloat16).hidden(ROWS)
+    assert half.dtype == torch.bfloat16
+    assert float((half == 0).float().mean()) == pytest.approx(0.5, abs=0.3)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_dropout_that_activation_checkpointing_would_change_is_refused(reentrant: bool) -> None:
+    """The recomputed activations would be others, and the gradients wrong without a word."""
+    head = randomised(residual(dropout=0.5)).train()
+    rows = ROWS.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"dropout: got a head that activation checkpointing"):
+        checkpoint(head, rows, use_reentrant=reentrant).sum().backward()
+    head.dropout = 0.0
+    checkpoint(head, rows, use_reentrant=reentrant).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_head_drops_anew_each_time() -> None:
+    head = randomised(residual(dropout=0.5)).train()
+    plain, compiled = copy.deepcopy(head), torch.compile(head, backend="eager")
+    found = [compiled(ROWS) for _ in range(2)]
+    assert not torch.equal(*found)
+    torch.testing.assert_close(torch.stack(found), torch.stack([plain(ROWS) for _ in range(2)]))
 
 
 def test_transfer_restores_the_mode() -> None:

@@ -3,20 +3,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import multiprocessing
-from pathlib import Path
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from featxfer import (
-    CheckpointError,
     DivergenceError,
     EpochLog,
     FeatureTransferHead,
@@ -32,6 +29,7 @@ from featxfer import (
 GENERATOR = torch.Generator().manual_seed(0)
 ROWS = torch.randn(300, 10, generator=GENERATOR)
 LABELS = assign(ROWS, torch.randn(6, 10, generator=GENERATOR))
+HELD_OUT = (ROWS[200:], LABELS[200:])
 RECIPE = Recipe(epochs=8, batch_size=32, learning_rate=0.05)
 
 
@@ -86,10 +84,97 @@ def test_one_seed_gives_the_same_weights_bit_for_bit() -> None:
     assert [e.loss for e in logs[0]] == [e.loss for e in logs[1]]
 
 
-def test_the_global_random_state_is_left_alone() -> None:
-    state = torch.get_rng_state()
-    PseudoLabelTrainer(new_head(), RECIPE).fit(ROWS, LABELS)
-    assert torch.equal(torch.get_rng_state(), state)
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("a global generator was set or read")
+
+
+def test_the_global_random_state_is_neither_read_nor_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread draws from it meanwhile, and draws what it would without the training."""
+
+    def fit(callback: Callable[[EpochLog], object]) -> Tensor:
+        head: Any = FeatureTransferHead(10, 6, 64, output="clusters", dropout=0.5)
+        PseudoLabelTrainer(head, RECIPE).fit(ROWS, LABELS, held_out=HELD_OUT, callback=callback)
+        weight: Tensor = head.fc1.weight
+        return weight
+
+    alone = fit(lambda _: None)
+    states: list[Tensor] = []
+    torch.manual_seed(11)
+    states.append(torch.get_rng_state())
+    wanted = [torch.randn(3) for _ in range(RECIPE.epochs)]
+    torch.manual_seed(11)
+    for owner, name in (
+        (torch, "manual_seed"),
+        (torch, "set_rng_state"),
+        (torch.random, "manual_seed"),
+        (torch.random, "fork_rng"),
+        (torch.cuda, "manual_seed_all"),
+        (torch.cuda, "set_rng_state"),
+    ):
+        monkeypatch.setattr(owner, name, refuse)
+    drawn: list[Tensor] = []
+
+    def draw(_: EpochLog) -> None:
+        states.append(torch.get_rng_state())
+        thread = threading.Thread(target=lambda: drawn.append(torch.randn(3)))
+        thread.start()
+        thread.join()
+        states.append(torch.get_rng_state())
+
+    assert torch.equal(fit(draw), alone)
+    assert torch.equal(torch.stack(drawn), torch.stack(wanted))
+    assert all(torch.equal(*pair) for pair in zip(states[::2], states[1::2], strict=False))
+
+
+def test_trainings_in_two_threads_at_once_are_what_each_is_alone() -> None:
+    def fit(seed: int) -> Tensor:
+        head: Any = FeatureTransferHead(10, 6, 64, output="clusters", dropout=0.5)
+        PseudoLabelTrainer(head, RECIPE, seed=seed).fit(ROWS, LABELS)
+        weight: Tensor = head.fc1.weight
+        return weight
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(fit, (1, 2, 3, 4)))
+    for seed, weight in enumerate(together, start=1):
+        assert torch.equal(weight, fit(seed))
+
+
+def test_layers_that_draw_from_the_global_random_state_are_told() -> None:
+    module: Any = nn.Sequential(nn.Linear(10, 6), nn.Dropout(0.1))
+    with pytest.warns(UserWarning, match="head: 1 draws from torch's global generator"):
+        PseudoLabelTrainer(module, Recipe(epochs=1)).fit(ROWS, LABELS)
+    module[1].p = 0.0
+    PseudoLabelTrainer(module, Recipe(epochs=1)).fit(ROWS, LABELS)
+
+
+def test_dropout_hangs_on_the_seed_and_the_heads_own_generator_stays() -> None:
+    weights = []
+    for seed, own in ((1, 0), (1, 5), (2, 0)):
+        head = FeatureTransferHead(10, 6, 64, output="clusters", dropout=0.5)
+        head.generator.manual_seed(own)
+        generator, state = head.generator, head.generator.get_state()
+        recipe = Recipe(epochs=1, batch_size=300)
+        PseudoLabelTrainer(head, recipe, seed=seed).fit_rows(InOrder(ROWS, LABELS))
+        assert head.generator is generator
+        assert torch.equal(generator.get_state(), state)
+        weights.append(head.fc1.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_torchs_default_device_does_not_matter() -> None:
+    """It is where the head is not: "meta" stands for a GPU."""
+
+    heads = [FeatureTransferHead(10, 6, 64), FeatureTransferHead(10, 6, 64)]
+    clustering = kmeans(HR, 6, seed=0)
+    labelled = [new_head(), new_head()]
+    for device, head, other in zip(("cpu", "meta"), heads, labelled, strict=True):
+        with torch.device(device):
+            fit_features_head(head, HR, [LR], clustering, recipe=RECIPE, warm_start=True)
+            PseudoLabelTrainer(other, RECIPE).fit(ROWS, LABELS, held_out=HELD_OUT)
+    assert torch.equal(heads[0].fc1.weight, heads[1].fc1.weight)
+    assert torch.equal(labelled[0].fc1.weight, labelled[1].fc1.weight)
+    assert heads[0].fc2.weight.any()
 
 
 def test_a_step_is_sgd_with_momentum_and_weight_decay() -> None:
@@ -110,15 +195,6 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay() -> None:
             mine[name] = (p.detach() - 0.1 * velocity[name]).requires_grad_()
     for name, p in head.named_parameters():
         torch.testing.assert_close(p.detach(), mine[name].detach(), rtol=1e-5, atol=1e-6)
-
-
-def test_the_learning_rate_is_stepped_down() -> None:
-    recipe = Recipe(epochs=8, learning_rate=1.0, steps=(0.5, 0.75), gamma=0.1)
-    rates = [recipe.learning_rate_at(epoch) for epoch in range(8)]
-    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
-    small = Recipe(epochs=4, learning_rate=0.01)
-    log = PseudoLabelTrainer(new_head(), small).fit(ROWS, LABELS)
-    assert [e.learning_rate for e in log] == pytest.approx([0.01, 0.01, 0.001, 0.0001])
 
 
 def test_every_row_is_seen_once_an_epoch() -> None:
@@ -170,24 +246,6 @@ def test_a_diverging_loss_stops_and_keeps_the_last_good_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"epochs": 0}, "epochs: got 0, wanted an int >= 1"),
-        ({"batch_size": 0}, "batch_size: got 0"),
-        ({"learning_rate": 0.0}, r"learning_rate: got 0\.0, wanted > 0"),
-        ({"learning_rate": math.nan}, "learning_rate: got nan"),
-        ({"momentum": 1.0}, r"momentum: got 1\.0, wanted in \[0, 1\)"),
-        ({"weight_decay": -1.0}, r"weight_decay: got -1\.0, wanted >= 0"),
-        ({"steps": (1.5,)}, r"steps: got \(1\.5,\), wanted shares in \(0, 1\)"),
-        ({"gamma": 0.0}, r"gamma: got 0\.0, wanted > 0"),
-    ],
-)
-def test_bad_recipes(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Recipe(**arguments)
-
-
-@pytest.mark.parametrize(
     "labels", [LABELS[:-1], LABELS.int(), LABELS - 1, LABELS[:, None]], ids=str
 )
 def test_bad_labels_leave_the_head_unchanged(labels: Tensor) -> None:
@@ -202,6 +260,8 @@ def test_a_label_without_an_output_is_refused() -> None:
     head = new_head().train()
     with pytest.raises(ValueError, match="labels: got 6, wanted labels below 6"):
         PseudoLabelTrainer(head, RECIPE).fit(ROWS, LABELS + 1)
+    with pytest.raises(ValueError, match="held_out: labels: got 6, wanted labels below 6"):
+        PseudoLabelTrainer(head, RECIPE).fit(ROWS, LABELS, held_out=(ROWS, LABELS + 1))
     assert head.training
 
 
@@ -294,9 +354,6 @@ def test_features_heads_take_objectives_targets_and_several_clusterings() -> Non
             fit_features_head(FeatureTransferHead(10, 6, 8), HR, [LR], clusterings, **options)
 
 
-HELD_OUT = (ROWS[200:], LABELS[200:])
-
-
 def test_the_best_epoch_on_held_out_rows_is_kept_and_patience_counts() -> None:
     """Few rows and a high rate: the held-out loss rises again."""
     recipe = Recipe(epochs=60, batch_size=16, learning_rate=0.3, weight_decay=0, steps=(0.99,))
@@ -316,57 +373,9 @@ def test_the_best_epoch_on_held_out_rows_is_kept_and_patience_counts() -> None:
     assert losses.index(min(losses[: len(short)])) == len(short) - 3
 
 
-class InMemory:
-    """Rows of a trainer, by the protocol."""
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        return torch.randperm(300, generator=generator)
-
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return ROWS[indices], LABELS[indices]
-
-
-def test_training_goes_on_from_a_checkpoint_to_the_same_weights(tmp_path: Path) -> None:
-    def make() -> PseudoLabelTrainer:
-        head = FeatureTransferHead(10, 6, 16, output="clusters", dropout=0.5)
-        recipe = dataclasses.replace(RECIPE, optimizer="adamw", schedule="one-cycle")
-        return PseudoLabelTrainer(head, recipe)
-
-    def stop(log: EpochLog) -> None:
-        if log.epoch == 4:
-            raise KeyboardInterrupt
-
-    whole, resumed, path = make(), make(), tmp_path / "c.safetensors"
-    wanted = whole.fit_rows(InMemory(), held_out=InMemory())
-    with pytest.raises(KeyboardInterrupt):
-        make().fit_rows(InMemory(), held_out=InMemory(), checkpoint=path, callback=stop)
-    log = resumed.fit_rows(InMemory(), held_out=InMemory(), checkpoint=path)
-    assert [entry.loss for entry in log] == [entry.loss for entry in wanted]
-    for first, second in zip(whole.head.parameters(), resumed.head.parameters(), strict=True):
-        assert torch.equal(first, second)
-    again = make()
-    assert again.fit_rows(InMemory(), checkpoint=path) == log
-    with pytest.raises(CheckpointError, match="no checkpoint of this training"):
-        PseudoLabelTrainer(new_head(), RECIPE).fit_rows(InMemory(), checkpoint=path)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="delete it to start anew"):
-        make().fit_rows(InMemory(), checkpoint=path)
-
-
-def test_frozen_parameters_are_left_alone() -> None:
-    head = new_head()
-    head.fc1.requires_grad_(False)
-    before = head.fc1.weight.clone()
-    PseudoLabelTrainer(head, RECIPE).fit(ROWS, LABELS)
-    assert torch.equal(head.fc1.weight, before)
-    assert not torch.equal(head.fc2.weight, new_head().fc2.weight)
-    with pytest.raises(ValueError, match="head: got no parameter that asks for a gradient"):
-        PseudoLabelTrainer(head.requires_grad_(False), RECIPE)
-
-
 @dataclasses.dataclass(frozen=True)
 class InOrder:
-    """Rows as they are; of several processes each takes its share of every batch."""
+    """Rows as they are, by the protocol."""
 
     inputs: Tensor
     targets: Tensor
@@ -378,39 +387,126 @@ class InOrder:
         return self.inputs[indices], self.targets[indices]
 
 
-def train_in_order(head: nn.Module, rank: int, world_size: int) -> None:
-    """40 rows in batches of 8, or one process's share of them."""
-    generator = torch.Generator().manual_seed(3)
-    rows, labels = torch.randn(40, 6, generator=generator), torch.arange(40) % 4
-    mine = InOrder(rows[rank::world_size], labels[rank::world_size])
-    recipe = Recipe(epochs=3, batch_size=8 // world_size, learning_rate=0.1)
-    PseudoLabelTrainer(head, recipe).fit_rows(mine)
+@dataclasses.dataclass(frozen=True)
+class Spoiling(InOrder):
+    """Rows that become NaN after they were taken so many times."""
+
+    times: int
+    taken: list[int] = dataclasses.field(default_factory=list)
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        self.taken.append(len(indices))
+        inputs, targets = super().take(indices)
+        return inputs + (math.nan if len(self.taken) > self.times else 0), targets
 
 
-def train_distributed(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    head = FeatureTransferHead(6, 4, 8, output="clusters", seed=rank)
-    train_in_order(DistributedDataParallel(head), rank, 2)
-    dist.destroy_process_group()
-    safetensors.torch.save_file(head.state_dict(), folder / f"{rank}.safetensors")
+@pytest.mark.parametrize(
+    ("held_out", "error", "message"),
+    [
+        (Spoiling(*HELD_OUT, 0), ValueError, "held_out: got a loss of nan before training"),
+        (Spoiling(*HELD_OUT, 1), DivergenceError, "the held-out loss is not finite after epoch 0"),
+        (InOrder(ROWS[:0], LABELS[:0]), ValueError, "held_out: got no rows"),
+    ],
+)
+def test_held_out_rows_that_judge_nothing_are_told(
+    held_out: InOrder, error: type[Exception], message: str
+) -> None:
+    head = new_head()
+    with pytest.raises(error, match=message):
+        PseudoLabelTrainer(head, RECIPE).fit_rows(InOrder(ROWS, LABELS), held_out=held_out)
+    assert torch.equal(head.fc1.weight, new_head().fc1.weight)
 
 
-def test_two_processes_train_the_head_that_one_does(tmp_path: Path) -> None:
-    """`DistributedDataParallel`: each has its share of the rows, and all the same weights."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=train_distributed, args=(r, tmp_path)) for r in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    alone = FeatureTransferHead(6, 4, 8, output="clusters", seed=0)
-    before = {name: value.clone() for name, value in alone.state_dict().items()}
-    train_in_order(alone, 0, 1)
-    found = [safetensors.torch.load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)]
-    for name, value in alone.state_dict().items():
-        assert found[0][name].equal(found[1][name])
-        torch.testing.assert_close(found[0][name], value, rtol=1e-4, atol=1e-6)
-    assert not before["fc1.weight"].equal(alone.state_dict()["fc1.weight"])
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rows: got \[0\] rows in 1 processes, wanted some"):
+        PseudoLabelTrainer(new_head(), RECIPE).fit_rows(InOrder(ROWS[:0], LABELS[:0]))
+
+
+def test_patience_without_held_out_rows_is_refused() -> None:
+    patient = dataclasses.replace(RECIPE, patience=3)
+    head, residual = new_head(), FeatureTransferHead(10, 6, 8)
+    clustering = kmeans(HR, 6, seed=0)
+    trainer = PseudoLabelTrainer(head, patient)
+    fits: list[Callable[[], object]] = [
+        lambda: trainer.fit(ROWS, LABELS),
+        lambda: trainer.fit_rows(InOrder(ROWS, LABELS)),
+        lambda: fit_head(head, HR, LR, clustering, recipe=patient),
+        lambda: fit_features_head(residual, HR, [LR], clustering, recipe=patient),
+    ]
+    for fit in fits:
+        with pytest.raises(ValueError, match="recipe: got patience=3 without held_out rows"):
+            fit()
+    assert not head.centroids.any()
+    assert not residual.centroids.any()
+
+
+def test_the_best_epochs_running_statistics_are_kept_with_its_weights() -> None:
+    module: Any = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 6))
+    found: list[tuple[float, Tensor]] = []
+
+    def look(log: EpochLog) -> None:
+        found.append((log.held_out_loss or 0, module[0].running_mean.clone()))
+
+    recipe = Recipe(epochs=20, batch_size=16, learning_rate=0.3, weight_decay=0, steps=())
+    held_out = (ROWS[200:] + 2, LABELS[200:])
+    PseudoLabelTrainer(module, recipe).fit(
+        ROWS[:32] + 2, LABELS[:32], held_out=held_out, callback=look
+    )
+    best = min(range(20), key=lambda epoch: found[epoch][0])
+    assert best < 19
+    assert torch.equal(module[0].running_mean, found[best][1])
+
+
+def test_each_layer_is_in_its_former_mode_after() -> None:
+    module: Any = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 6)).train()
+    module[0].eval()
+    modes: list[list[bool]] = []
+
+    def look(_: EpochLog) -> None:
+        modes.append([part.training for part in module.modules()])
+
+    PseudoLabelTrainer(module, Recipe(epochs=1)).fit(ROWS, LABELS, callback=look)
+    assert modes == [[True] * 3]
+    assert [part.training for part in module.modules()] == [True, False, True]
+
+
+def test_bad_seeds_and_targets_are_told() -> None:
+    with pytest.raises(ValueError, match=r"seed: got \d+, wanted an int below 2\*\*63"):
+        PseudoLabelTrainer(new_head(), seed=2**63)
+    PseudoLabelTrainer(new_head(), Recipe(epochs=1), seed=2**63 - 1).fit(ROWS, LABELS)
+    with pytest.raises(TypeError, match=r"targets: got list, wanted a torch\.Tensor"):
+        PseudoLabelTrainer(new_head()).fit(ROWS, LABELS.tolist())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="held_out_batch: got 0, wanted an int >= 1"):
+        PseudoLabelTrainer(new_head()).fit_rows(InOrder(ROWS, LABELS), held_out_batch=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "message"),
+    [
+        ({"activation": "gelu"}, {"warm_start": True}, "head's activation: got 'gelu'"),
+        ({}, {"precision": "fp16"}, "precision: got 'fp16'"),
+        ({}, {"seed": -1}, "seed: got -1"),
+        ({}, {"clustering": []}, "clustering: got none"),
+        ({"clusters": 5}, {}, "centroids: got 6, wanted 5"),
+    ],
+)
+def test_bad_arguments_leave_a_features_head_unchanged(
+    made: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    head = FeatureTransferHead(**{"in_features": 10, "clusters": 6, "hidden_features": 8, **made})
+    before = copy.deepcopy(head.state_dict())
+    options = {"clustering": kmeans(HR, 6, seed=0), **options}
+    with pytest.raises(ValueError, match=message):
+        fit_features_head(head, HR, [LR], **options)
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    head = new_head()
+    head.fc1.requires_grad_(False)
+    before = head.fc1.weight.clone()
+    PseudoLabelTrainer(head, RECIPE).fit(ROWS, LABELS)
+    assert torch.equal(head.fc1.weight, before)
+    assert not torch.equal(head.fc2.weight, new_head().fc2.weight)
+    with pytest.raises(ValueError, match="head: got no parameter that asks for a gradient"):
+        PseudoLabelTrainer(head.requires_grad_(False), RECIPE)

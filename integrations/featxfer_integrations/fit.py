@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from featxfer import (
     unpaired_targets,
 )
 from featxfer._checks import check_choice, check_integer
+from featxfer.backbone import describe_module, sha256_of
 from featxfer.features import default_cache, fill_stores, software_versions
 from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
@@ -600,13 +600,8 @@ class _HostBackbone(Backbone):
 
     @property
     def architecture_sha256(self) -> str:
-        layers = [
-            f"{name} {module!r}"
-            for name, module in self.module.model.named_children()
-            if name != CHILD
-        ]
-        text = "\n".join([type(self.module.model).__qualname__, self.module.place.name, *layers])
-        return hashlib.sha256(text.encode()).hexdigest()
+        model, place = self.module.model, self.module.place
+        return sha256_of([describe_module(model, leave_out=CHILD), place.name])
 
 
 def _place(model: nn.Module, where: str | None) -> Place:

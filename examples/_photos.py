@@ -48,7 +48,7 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
         return self.degradation.hr(image), self.degradation.lr(image)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(
     model: Callable[[Tensor], Tensor], pairs: Pairs, prepare: Preprocessing
 ) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def main(train: str, test: str, detector: str, factor: float, depth: str, cache:
         print(f"{name}: found {share(hr, found):.1%}, of what it finds {share(found, hr):.1%} so")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def detect(model: nn.Module, images: Images, see: Callable[[Tensor], Tensor]) -> Found:
     """Detections of score 0.5 or more."""
     found = [model([see(images.read(row)) / 255])[0] for row in range(len(images))]

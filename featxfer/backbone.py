@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
+import inspect
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +33,8 @@ class Preprocessing:
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 `(n, 3, h, w)` -> float32, channels last, normalised."""
         mean, std = (
-            torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std)
+            torch.tensor(v, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+            for v in (self.mean, self.std)
         )
         images = pixels.to(torch.float32) / 255
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -44,6 +50,7 @@ class Backbone:
         name: for cache keys and cards.
         weights: where the weights are from, in words.
         host: the library, with its version, whose code the module is.
+        image_size: side of the images that the weights were made for, in pixels.
     """
 
     module: nn.Module
@@ -51,6 +58,7 @@ class Backbone:
     name: str = "custom"
     weights: str = "custom"
     host: str = "custom"
+    image_size: int = 224
 
     @property
     def weights_sha256(self) -> str:
@@ -59,8 +67,8 @@ class Backbone:
 
     @property
     def architecture_sha256(self) -> str:
-        """Hash of the module's layers as they print."""
-        return hashlib.sha256(repr(self.module).encode()).hexdigest()
+        """Hash of the module's layers and settings (`describe_module`)."""
+        return sha256_of(describe_module(self.module))
 
 
 def weights_sha256(
@@ -86,21 +94,160 @@ def weights_sha256(
     return digest.hexdigest()
 
 
+def describe_module(module: nn.Module, *, leave_out: str | None = None) -> dict[str, Any]:
+    """Layers of a module as they print, dtypes, and the settings of all its submodules, as JSON.
+
+    Settings are attributes that hold numbers, texts, or lists and dicts of these, and those of the
+    host's own objects. What a run assigns is none, so the description is the same before and after
+    a run, and in every process: attributes that `forward`, `train` or a method that they use sets.
+
+    Args:
+        module: any.
+        leave_out: a child that does not count.
+    """
+    children = [child for child in module.named_children() if child[0] != leave_out]
+    inside = [("", module)] + [
+        (f"{name}.{below}".rstrip("."), part)
+        for name, child in children
+        for below, part in child.named_modules()
+    ]
+    kinds = {type(part) for _, part in inside}
+    helpers = {type(value) for _, part in inside for value in vars(part).values()}
+    packages = {_package(kind) for kind in kinds}
+    changing = _assigned_by_runs(kinds | {kind for kind in helpers if _package(kind) in packages})
+    settings = {name: _settings_of(part, _package(type(part)), changing) for name, part in inside}
+    layers = [f"{name} {child!r}" for name, child in children]
+    dtypes = {
+        f"{name}.{own}": str(value.dtype)
+        for name, part in inside
+        for own, value in [
+            *part.named_parameters(recurse=False),
+            *part.named_buffers(recurse=False),
+        ]
+    }
+    return {
+        "class": type(module).__qualname__,
+        "layers": [module.extra_repr(), *layers],
+        "dtypes": sha256_of(dtypes),
+        "settings": {name: kept for name, kept in settings.items() if kept},
+    }
+
+
+def sha256_of(described: Any) -> str:
+    """Hash of JSON types, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+_RUN = ("forward", "train", "eval")
+"""Methods by which a module is run."""
+
+_DEEPEST = 8
+"""How far settings hold one another: further, they may go round in a circle."""
+
+_BY_NAME = {"setattr", "register_buffer", "register_parameter", "add_module", "__dict__"}
+"""What assigns attributes whose names are texts."""
+
+
+def _assigned_by_runs(classes: set[type]) -> set[str]:
+    """Names of attributes that methods of these classes may assign while a module runs."""
+    methods: dict[str, list[CodeType]] = {}
+    bases = {base for kind in classes for base in kind.__mro__} - set(nn.Module.__mro__)
+    for base in bases:
+        for name, member in vars(base).items():
+            for code in _codes(member):
+                methods.setdefault(name, []).append(code)
+    waiting, seen = list(_RUN), set(_RUN)
+    assigned: set[str] = set()
+    while waiting:
+        for code in methods.get(waiting.pop(), []):
+            assigned.update(
+                i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"
+            )
+            if _BY_NAME.intersection(code.co_names):
+                assigned.update(text for text in code.co_consts if isinstance(text, str))
+            used = set(code.co_names) - seen
+            waiting += used
+            seen |= used
+    return assigned
+
+
+def _codes(member: object) -> Iterator[CodeType]:
+    """Bytecode of a method, a property or what they are wrapped in, and of functions inside."""
+    if isinstance(member, property):
+        for function in (member.fget, member.fset):
+            yield from _codes(function)
+    member = inspect.unwrap(getattr(member, "__func__", member))  # type: ignore[arg-type]
+    waiting = [member.__code__] if isinstance(member, FunctionType) else []
+    while waiting:
+        code = waiting.pop()
+        yield code
+        waiting += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+
+
+def _settings_of(
+    holder: object, package: str, changing: set[str], depth: int = 0
+) -> dict[str, Any]:
+    """Settings among an object's attributes; what is empty may be a cache, so it is none."""
+    left_out = changing | set(vars(nn.Module()))
+    found = {
+        name: _setting(value, package, changing, depth)
+        for name, value in vars(holder).items()
+        if name not in left_out
+    }
+    return {name: setting for name, setting in found.items() if setting not in (None, [], {})}
+
+
+def _setting(value: Any, package: str, changing: set[str], depth: int) -> Any:
+    """A setting as JSON has it; None for what is none, or holds something that is none."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if depth == _DEEPEST:
+        return None
+    if isinstance(value, list | tuple):
+        parts = [_setting(part, package, changing, depth + 1) for part in value]
+        return None if None in parts else parts
+    if isinstance(value, dict):
+        named = {
+            str(key): _setting(part, package, changing, depth + 1) for key, part in value.items()
+        }
+        return None if None in named.values() else named
+    own = _package(type(value)) == package and hasattr(value, "__dict__")
+    if own and not isinstance(value, nn.Module):
+        return [type(value).__name__, _settings_of(value, package, changing, depth + 1)]
+    return None
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; each submodule's own mode restored after, always.
 
-    Raises `ValueError` for a submodule whose own `eval` leaves it in training mode.
+    Modes are set by the modules' own `train`, and where all are in eval mode, not at all. Raises
+    `ValueError` for a submodule whose own `eval` leaves it in training mode.
     """
     modes = {child: child.training for child in module.modules()}
     try:
-        module.eval()
-        _check_eval(modes)
-        with torch.inference_mode():
+        if any(modes.values()):
+            module.eval()
+            _check_eval(modes)
+        with torch.no_grad():
             yield
     finally:
-        for child, mode in modes.items():
-            child.training = mode
+        _restore(modes)
+
+
+def _restore(modes: dict[nn.Module, bool]) -> None:
+    """Gives modules, parents before children, the modes that they had."""
+    for child, mode in modes.items():
+        if child.training != mode:
+            child.train(mode)
+    for child, mode in modes.items():  # where a module's own train does something else
+        child.training = mode
 
 
 def _check_eval(modules: Iterable[nn.Module]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,14 +23,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from featxfer._checks import check_choice, check_integer
+from featxfer._files import write_atomic
 from featxfer.backbone import Backbone
 from featxfer.degrade import BaseDegradation, Degradation
 from featxfer.forward import Arithmetic, Forward, device_of
 from featxfer.images import ImageError, Images
-from featxfer.store import FeatureStore, Manifest, Rows, align
+from featxfer.store import FeatureStore, Manifest, Rows, StoreError, align, read_rows, read_skipped
 
 _MOST_READERS = 16
 """Threads that read images."""
+
+_ROUNDING, _SHORT_ROUNDING = 1e-3, 5e-2
+"""How far rows may be apart, of their largest number: in float32, and with shorter numbers."""
+
+SKIPPED = "skipped.json"
+"""The list of images that could not be read, in the folder of the first view's store."""
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -70,6 +80,11 @@ def extract_features(
     in eval mode without gradients meanwhile, and gets its modes back. Progress is shown on stderr
     when that is a terminal. May be interrupted: finished parts stay, the next call goes on.
 
+    Of a store that has rows, one is computed again: where it is another one, because code was
+    edited that no key knows of, stderr says so and all rows are computed anew. The bits of a row do
+    not hang on the number of processes or of threads that read images; on the batch size, torch's
+    own number of threads and the machine only as rounding does.
+
     Args:
         backbone: the frozen backbone; runs on the device of its parameters.
         images: see `featxfer.images.open_images` and `featxfer.voc.VOCDevkit.images`.
@@ -81,12 +96,14 @@ def extract_features(
             multiplies in it.
         compile: "on", by `torch.compile`; "off"; "auto", for `forward.COMPILE_FROM` images or more
             where a compiler is at hand.
-        on_error: "raise" at an image that cannot be read, or "skip" it and list it.
+        on_error: "raise" at an image that cannot be read, or "skip" it: what was skipped, and why,
+            is in `skipped.json` beside the rows of the first view, and stderr says so.
 
     Raises:
         ImageError: an image cannot be read and `on_error` is "raise".
         ValueError: bad arguments, no readable image at all, features that are not `(n, d)` or
-            not finite (the image is named), an input size that the backbone does not take.
+            not finite (the image is named) or other ones each time, an input size that the backbone
+            does not take.
         StoreError: the cache is damaged.
         DiskError: the cache cannot be written.
     """
@@ -171,10 +188,12 @@ def fill_stores(
         for view in views
     }
     parts = range(rank, manifest.part_count, world_size)
+    _forget_changed(stores, images, degradation, backbone, arithmetic)
     for store in stores.values():
-        _forget_readable(store, images, parts)
+        _forget_readable(store, images, parts, on_error)
     forward = Forward(backbone, arithmetic, batch_size)
     _fill(stores, parts, forward, images, degradation, on_error)
+    _list_skipped(list(stores.values()), parts)
     return stores
 
 
@@ -226,22 +245,153 @@ def _manifest(backbone: Backbone, images: Images, precision: str, part_rows: int
     )
 
 
-def _forget_readable(store: FeatureStore, images: Images, parts: range) -> None:
-    """Drops those parts that skipped an image which can be read now, so that they are computed."""
-    for index in set(parts) - set(store.missing_parts()):
-        for name in store.read_part(index).skipped:
+def tell(message: str) -> None:
+    """One line on stderr."""
+    tqdm.write(f"featxfer: {message}", file=sys.stderr)
+
+
+def write_skipped(path: Path, skipped: Mapping[str, str], count: int) -> None:
+    """Lists the images that were skipped, of `count`, in one file, and says on stderr where.
+
+    Without any, an older list is removed. Raises `DiskError` where the file cannot be written.
+
+    Args:
+        path: JSON: image name -> why it could not be read.
+        skipped: the same.
+        count: number of images, skipped ones too.
+    """
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return
+    text = json.dumps(dict(skipped), indent=1, ensure_ascii=False) + "\n"
+    write_atomic(path, text.encode(errors="backslashreplace"))
+    tell(f"{len(skipped)} of {count} images could not be read and are left out, see {path}")
+
+
+def _list_skipped(stores: Sequence[FeatureStore], parts: range) -> None:
+    """Lists what the stores' parts skipped, if any of these parts did or there is a list already.
+
+    Of other processes' parts, those that are finished.
+    """
+    path = stores[0].directory / SKIPPED
+    if not path.exists() and not any(part for s in stores for _, part in _skipped_of(s, parts)):
+        return
+    every = range(stores[0].part_count)
+    skipped = [part for store in stores for _, part in _skipped_of(store, every)]
+    found = {name: reason for part in skipped for name, reason in part.items()}
+    write_skipped(path, found, stores[0].manifest.image_count)
+
+
+def _skipped_of(store: FeatureStore, parts: range) -> Iterator[tuple[int, dict[str, str]]]:
+    """Of each of these parts that is finished, its index and what it skipped."""
+    for part, path in sorted(store.parts().items()):
+        if part in parts:
             try:
-                images.read(images.ids.index(name))
+                skipped = read_skipped(path)
+            except FileNotFoundError:  # another process dropped it
+                continue
+            yield part, skipped
+
+
+def _forget_changed(
+    stores: Mapping[str, FeatureStore],
+    images: Images,
+    degradation: Degradation,
+    backbone: Backbone,
+    arithmetic: Arithmetic,
+) -> None:
+    """Drops the parts of a store whose first row is not what is computed now, and says so.
+
+    A key knows no code: an edited `forward`, degradation or reader gives other rows under the same.
+    What other processes write meanwhile is not dropped.
+    """
+    forward = Forward(backbone, dataclasses.replace(arithmetic, compiled=False), 1)
+    once = dataclasses.replace(images, read=lru_cache(1)(images.read))
+
+    def compute(view: str, image: Tensor) -> Tensor:
+        return forward([getattr(degradation, view)(image)], lambda _: None)[0].float()
+
+    for view, store in stores.items():
+        files = store.parts()
+        for name, kept, image in _kept_rows(store, files, once):
+            row = compute(view, image)
+            if _agree(row, kept, backbone, arithmetic):
+                break
+            again = compute(view, image)
+            if torch.isfinite(row).all() and not _agree(row, again, backbone, arithmetic):
+                raise ValueError(
+                    f"backbone {backbone.name}: got other features of image {name} each time, "
+                    "wanted the same"
+                )
+            tell(
+                f"{store.directory} has other {view} features of image {name} than are computed "
+                f"now; its {len(files)} finished parts are computed anew"
+            )
+            for path in files.values():
+                path.unlink(missing_ok=True)
+            break
+
+
+def _kept_rows(
+    store: FeatureStore, files: Mapping[int, Path], images: Images
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Names, rows and pixels of a store's images, of those that can be read now."""
+    for part in sorted(files):
+        try:
+            rows = read_rows(files[part])
+        except FileNotFoundError:  # another process dropped it
+            continue
+        for name, row in zip(rows.ids, rows.features, strict=True):
+            try:
+                image = images.read(_position(store, part, images, name))
             except ImageError:
                 continue
-            store.drop_part(index)
+            yield name, row.float(), image
+
+
+def _agree(row: Tensor, other: Tensor, backbone: Backbone, arithmetic: Arithmetic) -> bool:
+    """Whether rows differ by rounding alone, of other batch sizes, compilers or machines."""
+    if row.shape != other.shape:
+        return False
+    short = any(p.dtype in (torch.float16, torch.bfloat16) for p in backbone.module.parameters())
+    exact = not (short or arithmetic.bf16 or arithmetic.rounding)
+    largest = (_ROUNDING if exact else _SHORT_ROUNDING) * other.abs().max()
+    return bool((row - other).abs().max() <= largest)
+
+
+def _forget_readable(store: FeatureStore, images: Images, parts: range, on_error: str) -> None:
+    """Drops those parts that skipped an image which can be read now, so that they are computed.
+
+    Where `on_error` is "raise", one that still cannot be read ends all before anything is computed.
+    """
+    for part, skipped in list(_skipped_of(store, parts)):
+        for name in skipped:
+            try:
+                images.read(_position(store, part, images, name))
+            except ImageError:
+                if on_error == "raise":
+                    raise
+                continue
+            store.drop_part(part)
             break
+
+
+def _position(store: FeatureStore, part: int, images: Images, name: str) -> int:
+    """Index of an image of a part; `StoreError` where it is none of these images."""
+    try:
+        return images.ids.index(name, part * store.manifest.part_rows)
+    except ValueError as error:
+        raise StoreError(
+            f"{store.directory}: part {part} is of image {name!r}, which is none of these; "
+            "delete it and run again to compute it anew"
+        ) from error
 
 
 def _without(rows: Rows, skipped: Mapping[str, str]) -> Rows:
     kept = [name not in skipped for name in rows.ids]
     ids = tuple(name for name, keep in zip(rows.ids, kept, strict=True) if keep)
-    return Rows(ids, rows.features[torch.tensor(kept, dtype=torch.bool)], skipped)
+    chosen = torch.tensor(kept, dtype=torch.bool, device=rows.features.device)
+    return Rows(ids, rows.features[chosen], skipped)
 
 
 def _fill(
@@ -307,8 +457,7 @@ def _read_views(
 
 def _ahead(run: Callable[[T], S], items: Iterable[T], count: int) -> Generator[S, None, None]:
     """What `run` gives for each item, in order, computed by threads `count` items ahead."""
-    threads = min(_MOST_READERS, torch.get_num_threads())
-    pool = ThreadPoolExecutor(threads, "featxfer-reader", _one_core)
+    pool = ThreadPoolExecutor(_reader_count(), "featxfer-reader", _one_core)
     waiting: deque[Future[S]] = deque()
     try:
         for item in items:
@@ -321,6 +470,14 @@ def _ahead(run: Callable[[T], S], items: Iterable[T], count: int) -> Generator[S
         pool.shutdown(cancel_futures=True)
 
 
+def _reader_count() -> int:
+    """As many as this process has cores: its share of them where torchrun started several."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, min(_MOST_READERS, share))
+
+
 def _one_core() -> None:
     """Makes torch's operations in this thread run in it alone: there are several such threads."""
     torch.get_num_threads()  # torch sets the number when it is first asked, so it is asked before
@@ -328,7 +485,7 @@ def _one_core() -> None:
 
 
 def _check_finite(features: Tensor, ids: tuple[str, ...], view: str) -> None:
-    bad = ~torch.isfinite(features).all(dim=1) if ids else torch.zeros(0)
-    if bad.any():
+    bad = ~torch.isfinite(features).all(dim=1)
+    if ids and bad.any():
         name = ids[int(bad.nonzero()[0])]
         raise ValueError(f"{view} features of image {name} are NaN or infinite, wanted finite ones")

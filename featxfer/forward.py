@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,20 @@ def bf16_is_fast(device: torch.device) -> bool:
     return fast
 
 
+def rounding_of(device: torch.device) -> str:
+    """Which float32 operations torch may round on a device: "" or such as "matmul tf32, conv tf32".
+
+    As `torch.backends` is set now, by whichever of its interfaces.
+    """
+    of: Any = {"cuda": torch.backends.cudnn, "cpu": torch.backends.mkldnn}.get(device.type)
+    if of is None:
+        return ""
+    matmul: Any = torch.backends.cuda.matmul if device.type == "cuda" else of.matmul
+    found = {"matmul": matmul, "conv": of.conv, "rnn": of.rnn}
+    precisions = {name: kind.fp32_precision for name, kind in found.items()}
+    return ", ".join(f"{n} {p}" for n, p in precisions.items() if p not in ("none", "ieee"))
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How features are computed; other bits than another one's.
@@ -36,10 +51,12 @@ class Arithmetic:
         bf16: autocast to bfloat16, which the rows are kept in; else float32.
         compiled: by `torch.compile`, with the weights as constants, so that batch norms become
             part of the convolutions before them.
+        rounding: of float32 operations to shorter numbers, by torch's settings (`rounding_of`).
     """
 
     bf16: bool = False
     compiled: bool = False
+    rounding: str = ""
 
     @classmethod
     def choose(cls, precision: str, compile_: str, device: torch.device, images: int) -> Arithmetic:
@@ -54,14 +71,14 @@ class Arithmetic:
         if compile_ == "on" and not can:
             raise ValueError("compile: got 'on', and no C++ compiler is found, wanted 'off'")
         fast = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
-        return cls(
-            fast, compile_ == "on" or (compile_ == "auto" and can and images >= COMPILE_FROM)
-        )
+        compiled = compile_ == "on" or (compile_ == "auto" and can and images >= COMPILE_FROM)
+        return cls(fast, compiled, rounding_of(device))
 
     @property
     def name(self) -> str:
-        """For keys: "fp32" or "bf16", and "compiled" behind it."""
-        return ("bf16" if self.bf16 else "fp32") + (" compiled" if self.compiled else "")
+        """For keys: "fp32" or "bf16", and "compiled" and the rounding behind it."""
+        words = ["bf16" if self.bf16 else "fp32", "compiled" * self.compiled, self.rounding]
+        return " ".join(filter(None, words))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,7 +114,7 @@ class Forward:
             ValueError: an output that is not `(n, d)`.
         """
         if not pixels:
-            return torch.empty(0, 0)
+            return torch.empty(0, 0, device="cpu")
         rows = []
         with frozen(self.backbone.module), self._autocast():
             for start in range(0, len(pixels), self.batch_size):

@@ -24,6 +24,9 @@ _ROWS = "rows"
 """The only metadata of a part: safetensors writes several in no fixed order."""
 
 
+_NO_ROWS = torch.empty(0, 0, device="cpu")
+
+
 class StoreError(RuntimeError):
     """A store that cannot be read: of another config, incomplete or damaged; the file is named."""
 
@@ -40,7 +43,7 @@ class Manifest:
         architecture_sha256: hash of the backbone's layers.
         weights_sha256: hash of the backbone's weights (`featxfer.backbone.weights_sha256`).
         preprocessing: mean, std and what else belongs to the weights.
-        precision: "fp32" or "bf16", of the backbone's arithmetic.
+        precision: of the backbone's arithmetic (`featxfer.forward.Arithmetic.name`).
         images_fingerprint: `Images.fingerprint`.
         image_count: number of images, skipped ones too.
         part_rows: images a part.
@@ -147,12 +150,12 @@ class FeatureStore:
 
     def missing_parts(self) -> list[int]:
         """Indices of the parts that are not on disk yet."""
-        found = self._files()
+        found = self.parts()
         return [index for index in range(self.part_count) if index not in found]
 
     def write_part(self, index: int, rows: Rows) -> None:
         """Writes part `index` unless it is there already; `DiskError` where the disk refuses."""
-        if index in self._files():
+        if index in self.parts():
             return
         data = safetensors.torch.save(
             {"features": rows.features.contiguous()},
@@ -168,27 +171,21 @@ class FeatureStore:
 
     def read_part(self, index: int) -> Rows:
         """Reads one part; `StoreError` if it is not there or its bytes are not those written."""
-        return self._read(index, self._files().get(index))
-
-    def _read(self, index: int, path: Path | None) -> Rows:
-        _, data = self._whole(index, path)
-        described = _describe(data)
-        features = safetensors.torch.load(data)["features"]
-        return Rows(tuple(described["ids"]), features, described["skipped"])
+        return read_rows(self._there(index, self.parts().get(index)))
 
     def read(self) -> Rows:
         """Reads all rows; `StoreError` if a part is missing or damaged."""
-        found = self._files()
-        parts = [self._read(index, found.get(index)) for index in range(self.part_count)]
+        found = self.parts()
+        parts = [read_rows(self._there(part, found.get(part))) for part in range(self.part_count)]
         return Rows(
             tuple(name for part in parts for name in part.ids),
-            torch.cat([part.features for part in parts if part.ids] or [torch.empty(0, 0)]),
+            torch.cat([part.features for part in parts if part.ids] or [_NO_ROWS]),
             {name: reason for part in parts for name, reason in part.skipped.items()},
         )
 
     def open_rows(self) -> StoredRows:
         """All rows, left on disk until they are taken; errors as `read`."""
-        found = self._files()
+        found = self.parts()
         described = [self._described(index, found.get(index)) for index in range(self.part_count)]
         return StoredRows(
             tuple(name for part, _ in described for name in part["ids"]),
@@ -197,24 +194,21 @@ class FeatureStore:
         )
 
     def _described(self, index: int, found: Path | None) -> tuple[dict[str, Any], Path]:
-        path, data = self._whole(index, found)
-        return _describe(data), path
+        path = self._there(index, found)
+        return _describe(_whole(path)), path
 
     def damaged_parts(self) -> list[Path]:
         """The files of finished parts whose bytes are not those that were written."""
         return damaged_parts(self.directory)
 
-    def _whole(self, index: int, path: Path | None) -> tuple[Path, bytes]:
-        """File and bytes of one part; errors as `read_part`."""
+    def _there(self, index: int, path: Path | None) -> Path:
+        """The file of a part; `StoreError` where there is none."""
         if path is None:
             raise StoreError(f"{self.directory}: part {index} of {self.part_count} is missing")
-        data = path.read_bytes()
-        if not _is_whole(path, data):
-            raise StoreError(f"{path} is damaged; delete it and run again to compute it anew")
-        return path, data
+        return path
 
-    def _files(self) -> dict[int, Path]:
-        """The file of each part that is there, by one look at the folder.
+    def parts(self) -> dict[int, Path]:
+        """The file of each part that is there, by its index, by one look at the folder.
 
         The first by name, should two processes have rounded differently.
         """
@@ -241,8 +235,8 @@ class StoredRows:
 
     def take(self, indices: Tensor) -> Tensor:
         """Rows by index, `(len(indices), d)`, in the dtype that they were written in."""
-        ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1]])
+        ends = torch.tensor([len(part) for part in self.parts], device="cpu").cumsum(0)
+        starts = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
         owners = torch.searchsorted(ends, indices.contiguous(), right=True)
         rows = (indices - starts[owners]).tolist()
         found = [self.parts[part][row] for part, row in zip(owners.tolist(), rows, strict=True)]
@@ -262,6 +256,37 @@ def damaged_parts(directory: Path) -> list[Path]:
         for path in sorted(directory.glob("part-*.safetensors"))
         if not _is_whole(path, path.read_bytes())
     ]
+
+
+def read_rows(path: Path) -> Rows:
+    """Rows of a finished part's file; `StoreError` if its bytes are not those written."""
+    data = _whole(path)
+    described = _describe(data)
+    features = safetensors.torch.load(data)["features"]
+    return Rows(tuple(described["ids"]), features, described["skipped"])
+
+
+def read_skipped(path: Path) -> dict[str, str]:
+    """What a finished part skipped, and why, from the head of its file; errors as `read_rows`."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        head = size + file.read(min(int.from_bytes(size, "little"), path.stat().st_size))
+    try:
+        skipped: dict[str, str] = _describe(head)["skipped"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
+    return skipped
+
+
+def _whole(path: Path) -> bytes:
+    data = path.read_bytes()
+    if not _is_whole(path, data):
+        raise _damaged(path)
+    return data
+
+
+def _damaged(path: Path) -> StoreError:
+    return StoreError(f"{path} is damaged; delete it and run again to compute it anew")
 
 
 def _digest(data: bytes) -> str:

@@ -84,7 +84,7 @@ def through_blocks(
         assert transfers is not None
         rest.attach(place, copy.deepcopy(transfers[place.name]))
     rest.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         (lr,), hr = (
             [[features_of(rest, maps, rows) for rows in pair] for pair in maps.lr],
             [features_of(rest, maps, rows) for rows in maps.hr],

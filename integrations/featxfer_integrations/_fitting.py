@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -124,11 +123,6 @@ def libraries(model: nn.Module) -> str:
 def duration(seconds: float) -> str:
     """For people: seconds, or minutes from two on."""
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
-
-
-def tell(message: str) -> None:
-    """One line on stderr."""
-    tqdm.write(f"featxfer: {message}", file=sys.stderr)
 
 
 def split(count: int, held_out: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,6 @@ by chance, so that background stays as common as it is.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +24,9 @@ from torchvision.models.detection.image_list import ImageList
 from tqdm import tqdm
 
 from featxfer import BaseDegradation, Images
-from featxfer.backbone import frozen, weights_sha256
-from featxfer.features import software_versions
+from featxfer.backbone import describe_module, frozen, sha256_of, weights_sha256
+from featxfer.features import software_versions, tell
+from featxfer.forward import Arithmetic, rounding_of
 from featxfer.store import FeatureStore, Manifest, Rows, StoredRows, align
 from featxfer_integrations._attach import (
     CHILD,
@@ -37,7 +36,7 @@ from featxfer_integrations._attach import (
     is_attached,
     transfers_of,
 )
-from featxfer_integrations._fitting import libraries, tell
+from featxfer_integrations._fitting import libraries
 from featxfer_integrations.torchvision_detection import box_places
 
 CLASS, REGRESSION = "boxes_class", "boxes_regression"
@@ -476,10 +475,10 @@ def _manifest(sampler: Sampler, images: Images) -> Manifest:
         view={},
         backbone=type(model).__name__,
         host=libraries(model),
-        architecture_sha256=_sha256(_described(model)),
+        architecture_sha256=sha256_of(_described(model)),
         weights_sha256=weights_sha256(model),
         preprocessing={"mean": list(transform.image_mean), "std": list(transform.image_std)},
-        precision="fp32",
+        precision=Arithmetic(rounding=rounding_of(next(model.parameters()).device)).name,
         images_fingerprint=images.fingerprint,
         image_count=len(images),
         part_rows=PART_ROWS,
@@ -487,51 +486,19 @@ def _manifest(sampler: Sampler, images: Images) -> Manifest:
     )
 
 
-LEFT_BEHIND = ("scales", "cell_anchors")
-"""What a run leaves in torchvision's modules: no settings."""
-
-
 def detector_key(model: nn.Module) -> str:
     """A hash of all that detections hang on: layers, numbers that are no weights, and weights.
 
     The same in every process, before and after a run.
     """
-    return _sha256([*_described(model), weights_sha256(model)])
-
-
-def _sha256(described: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return sha256_of([*_described(model), weights_sha256(model)])
 
 
 def _described(model: nn.Module) -> list[Any]:
-    """Layers of a detector, and numbers that are no weights, as JSON types."""
-    known = vars(nn.Module())
-    settings: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if name.partition(".")[0] == CHILD:
-            continue
-        for key, value in vars(module).items():
-            if key not in known and key not in LEFT_BEHIND:
-                settings[f"{name}.{key}"] = _plain(value)
-    layers = [repr(child) for name, child in model.named_children() if name != CHILD]
+    """Layers and settings of a detector, and what is attached, as JSON types."""
     attached = (
         {name: module.config for name, module in transfers_of(model).items()}
         if is_attached(model)
         else {}
     )
-    return [type(model).__name__, torchvision.__version__, layers, settings, attached]
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON has it; None for what is none."""
-    if isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if type(value).__module__.startswith("torchvision.models.detection") and not isinstance(
-        value, nn.Module
-    ):
-        return [type(value).__name__, _plain(vars(value))]
-    return None
+    return [describe_module(model, leave_out=CHILD), torchvision.__version__, attached]

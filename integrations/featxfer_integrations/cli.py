@@ -13,7 +13,9 @@ import click
 @click.option("--backbone", required=True, help="A torchvision or timm model.")
 @click.option("--weights", default="pretrained", help="pretrained, demo or a file.")
 @click.option("--lr-size", default=32, help="Side of the LR image, pixels.")
-@click.option("--hr-size", default=224, help="Side of the backbone's input, pixels.")
+@click.option(
+    "--hr-size", type=int, help="Side of the backbone's input, by default what its weights are for."
+)
 @click.option("--cache", type=Path, required=True, help="Folder of the feature stores.")
 @click.option(
     "--precision", default="auto", help="fp32, for reproduction; bf16; auto: if it is fast."
@@ -28,7 +30,7 @@ def extract(
     backbone: str,
     weights: str,
     lr_size: int,
-    hr_size: int,
+    hr_size: int | None,
     cache: Path,
     precision: str,
     compile: str,
@@ -65,7 +67,7 @@ def extract(
         ) from error
     loaded = load_backbone(backbone, weights)
     loaded.module.to(device)
-    degradation = Degradation(hr_size, lr_size)
+    degradation = Degradation(loaded.image_size if hr_size is None else hr_size, lr_size)
     if world_size > 1:
         stores = fill_stores(
             loaded, source, degradation, cache, precision=precision, compile=compile,
@@ -79,8 +81,6 @@ def extract(
         loaded, source, degradation, cache, precision=precision, compile=compile,
         part_rows=part_rows, on_error=on_error,
     )  # fmt: skip
-    for name, reason in features.skipped.items():
-        click.echo(f"skipped {name}: {reason}", err=True)
     click.echo(f"{len(features.ids)} images, {features.hr.shape[1]} features")
     for view, key in features.keys.items():
         click.echo(cache / f"{view}-{key}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,8 @@ from featxfer import (
     unpaired_targets,
 )
 from featxfer._checks import check_choice, check_integer
-from featxfer.features import Features, default_cache, fill_stores, software_versions
+from featxfer.backbone import describe_module, sha256_of
+from featxfer.features import Features, default_cache, fill_stores, software_versions, tell
 from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
 from featxfer.labels import Clustering
@@ -73,7 +73,6 @@ from featxfer_integrations._fitting import (
     refuse_void,
     reports,
     split,
-    tell,
     warn_if_useless,
 )
 from featxfer_integrations.attach import (
@@ -708,13 +707,8 @@ class _HostBackbone(Backbone):
 
     @property
     def architecture_sha256(self) -> str:
-        layers = [
-            f"{name} {module!r}"
-            for name, module in self.module.model.named_children()
-            if name != CHILD
-        ]
-        text = "\n".join([type(self.module.model).__qualname__, self.module.place.name, *layers])
-        return hashlib.sha256(text.encode()).hexdigest()
+        model, place = self.module.model, self.module.place
+        return sha256_of([describe_module(model, leave_out=CHILD), place.name])
 
 
 def _place(model: nn.Module, where: str | None) -> Place:

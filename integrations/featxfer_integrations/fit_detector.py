@@ -30,7 +30,7 @@ from featxfer import (
     kmeans,
 )
 from featxfer._checks import check_integer
-from featxfer.features import software_versions
+from featxfer.features import software_versions, tell, write_skipped
 from featxfer.forward import bf16_is_fast
 from featxfer.hub import TransferModule
 from featxfer.labels import LabelDiagnostics
@@ -54,7 +54,6 @@ from featxfer_integrations._fitting import (
     refuse_void,
     reports,
     split,
-    tell,
 )
 from featxfer_integrations.attach import (
     backbone_sha256,
@@ -205,6 +204,7 @@ def _readable(task: DetectorTask) -> tuple[DetectorTask, dict[str, str]]:
         raise ValueError(f"images: none of {len(images)} could be read: {reason}")
     if not skipped:
         return task, {}
+    write_skipped(task.cache / f"skipped-{images.fingerprint[:16]}.json", skipped, len(images))
     said = f"{images.fingerprint} without {json.dumps(sorted(skipped))}"
     readable = Images(
         tuple(images.ids[index] for index in kept),

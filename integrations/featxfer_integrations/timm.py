@@ -46,7 +46,9 @@ def load(name: str, weights: str | Path) -> Backbone:
     model: Any = _load(name, weights, with_classifier=False)
     model.reset_classifier(0)
     host = f"timm {timm.__version__}"
-    return Backbone(model.eval(), preprocessing(model), f"timm/{name}", str(weights), host)
+    return Backbone(
+        model.eval(), preprocessing(model), f"timm/{name}", str(weights), host, input_size(model)
+    )
 
 
 def load_model(name: str, weights: str | Path) -> nn.Module:

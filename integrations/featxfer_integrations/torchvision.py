@@ -51,7 +51,8 @@ def load(name: str, weights: str | Path) -> Backbone:
     fixed = getattr(model, "image_size", None)
     host = f"torchvision {torchvision.__version__}"
     normalisation = Preprocessing(tuple(transforms.mean), tuple(transforms.std), fixed)
-    return Backbone(model.eval(), normalisation, f"torchvision/{name}", str(weights), host)
+    size = fixed or transforms.crop_size[0]
+    return Backbone(model.eval(), normalisation, f"torchvision/{name}", str(weights), host, size)
 
 
 def load_model(name: str, weights: str | Path) -> nn.Module:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ def run(*arguments: str | Path, code: int = 0) -> str:
 
 
 @pytest.fixture
-def stores(image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
+def stores(image_folder: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     """HR and LR stores of ten images, by the extract command of the integrations."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as under torchrun
     torch.manual_seed(0)
     weights = tmp_path / "w.safetensors"
     safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), weights)
@@ -35,7 +38,8 @@ def stores(image_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     )  # fmt: skip
     lines = output.splitlines()
     assert lines[0] == "10 images, 96 features"
-    return Path(lines[1]), Path(lines[2])
+    yield Path(lines[1]), Path(lines[2])
+    torch.set_num_threads(threads)
 
 
 def test_extract_under_torchrun(
@@ -57,7 +61,33 @@ def test_extract_under_torchrun(
             assert f"process {rank}: {together}, " in done.stdout
         rows, wanted = (FeatureStore.open(folder).read() for folder in (together, alone))
         assert rows.ids == wanted.ids
-        torch.testing.assert_close(rows.features, wanted.features, rtol=1e-5, atol=1e-6)
+        assert torch.equal(rows.features, wanted.features)
+
+
+def test_views_are_of_the_size_that_the_weights_are_for_unless_told(
+    stores: tuple[Path, Path], image_folder: Path, tmp_path: Path
+) -> None:
+    extract: list[str | Path] = [
+        "extract", image_folder, "--backbone", "timm/test_resnet", "--weights",
+        tmp_path / "w.safetensors", "--cache", tmp_path / "other", "--hr-size",
+    ]  # fmt: skip
+    told = Path(run(*extract, "96").splitlines()[1])
+    sizes = [FeatureStore.open(folder).manifest.view["hr_size"] for folder in (*stores, told)]
+    assert sizes == [160, 160, 96]
+    assert "hr_size: got 0, wanted an int >= 1" in run(*extract, "0", code=1)
+
+
+def test_extract_tells_what_it_skips_in_one_line(image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "03.jpg").write_bytes(b"no image")
+    output = run(
+        "extract", image_folder, "--backbone", "timm/test_resnet", "--weights", "random",
+        "--cache", tmp_path / "cache", "--on-error", "skip",
+    )  # fmt: skip
+    (path,) = tmp_path.rglob("skipped.json")
+    said = f"featxfer: 1 of 10 images could not be read and are left out, see {path}"
+    assert [line for line in output.splitlines() if "could not be read" in line] == [said]
+    assert "03.jpg cannot be read" in json.loads(path.read_text())["03.jpg"]
+    assert "9 images, 96 features" in output
 
 
 def test_extract_fit_and_show(stores: tuple[Path, Path], tmp_path: Path) -> None:

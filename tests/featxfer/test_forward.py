@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from featxfer import Backbone, Degradation, Images, extract_features, fill_stores, open_images
-from featxfer.features import _ahead
-from featxfer.forward import COMPILE_FROM, Arithmetic, Forward
+from featxfer.features import _ahead, _reader_count
+from featxfer.forward import COMPILE_FROM, Arithmetic, Forward, rounding_of
 
 CPU = torch.device("cpu")
 DEGRADATION = Degradation(hr_size=32, lr_size=8)
@@ -32,6 +32,43 @@ def test_what_auto_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Arithmetic.choose("fp32", "auto", CPU, many).compiled
     with pytest.raises(ValueError, match="compile: got 'on', and no C\\+\\+ compiler is found"):
         Arithmetic.choose("fp32", "on", CPU, 1)
+
+
+def test_rounding_by_any_of_torchs_interfaces_is_part_of_the_name() -> None:
+    cuda = torch.device("cuda")
+    assert rounding_of(CPU) == rounding_of(torch.device("meta")) == ""
+    assert rounding_of(cuda) == "conv tf32, rnn tf32", "as torch is when it starts"
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert rounding_of(CPU) == "matmul bf16"
+        assert rounding_of(cuda) == "matmul tf32, conv tf32, rnn tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    backends: Any = torch.backends
+    of = (backends.mkldnn.conv, backends.cudnn.conv)
+    before = [kind.fp32_precision for kind in of]
+    of[0].fp32_precision, of[1].fp32_precision = "tf32", "ieee"
+    try:
+        assert Arithmetic.choose("fp32", "off", CPU, 1).name == "fp32 conv tf32"
+        assert rounding_of(cuda) == "rnn tf32"
+    finally:
+        of[0].fp32_precision, of[1].fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "readers"),
+    [(1, None, 1), (2, None, 2), (64, None, 16), (64, "8", 8), (2, "4", 1)],
+)
+def test_readers_follow_the_cores_that_a_process_has(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: str | None, readers: int
+) -> None:
+    monkeypatch.setattr(
+        "featxfer.features.os.sched_getaffinity", lambda _: set(range(cores)), raising=False
+    )
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert _reader_count() == readers
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

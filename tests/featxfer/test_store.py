@@ -16,7 +16,7 @@ import torch
 
 from featxfer import FeatureStore, StoreError
 from featxfer._files import DiskError
-from featxfer.store import Manifest, Rows, align, damaged_parts
+from featxfer.store import Manifest, Rows, align, damaged_parts, read_skipped
 
 MANIFEST = Manifest(
     view={"view": "hr"},
@@ -119,6 +119,33 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
             store.read()
     path.write_bytes(data)
     assert store.damaged_parts() == []
+
+
+def test_what_a_part_skipped_is_read_from_the_head_of_its_file(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, MANIFEST)
+    fill(store)
+    files = store.parts()
+    assert [read_skipped(files[part]) for part in range(3)] == [{}, {"5": "cut short"}, {}]
+    data = files[1].read_bytes()
+    head = 8 + int.from_bytes(data[:8], "little")
+    files[1].write_bytes(data[:head] + bytes(len(data) - head))
+    assert read_skipped(files[1]) == {"5": "cut short"}
+    for cut in (0, 4, 20, head - 1):
+        files[1].write_bytes(data[:cut])
+        with pytest.raises(StoreError, match="is damaged; delete it"):
+            read_skipped(files[1])
+
+
+def test_rows_are_read_whatever_the_default_device(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, MANIFEST)
+    with torch.device("meta"):
+        nothing = dataclasses.replace(MANIFEST, image_count=0)
+        assert FeatureStore(tmp_path, nothing).read().features.device.type == "cpu"
+    fill(store)
+    indices = torch.tensor([8, 2])
+    with torch.device("meta"):
+        rows, taken = store.read(), store.open_rows().take(indices)
+    assert torch.equal(taken, rows.features[indices])
 
 
 def test_views_of_different_images_do_not_align() -> None:

@@ -24,7 +24,7 @@ def input_of(model: nn.Module, classifier: str) -> Tensor:
     hook = model.get_submodule(classifier).register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0])
     )
-    with torch.inference_mode():
+    with torch.no_grad():
         model.eval()(IMAGES)
     hook.remove()
     return seen[0]
@@ -55,9 +55,10 @@ def test_torchvision_gives_the_classifiers_input(name: str, width: int, tmp_path
     model = torchvision.models.get_model(name, weights=None)
     path = save(model, tmp_path / "w.safetensors")
     backbone = load_backbone(f"torchvision/{name}", path)
-    with torch.inference_mode():
+    with torch.no_grad():
         features = backbone.module(IMAGES)
     assert features.shape == (2, width)
+    assert backbone.image_size == 224
     torch.testing.assert_close(features, input_of(model, find_classifier(model, 1000)))
 
 
@@ -75,7 +76,7 @@ def test_timm_gives_the_pre_logits(name: str, tmp_path: Path) -> None:
     model: Any = timm.create_model(name)
     path = save(model, tmp_path / "w.safetensors")
     backbone = load_backbone(f"timm/{name}", path)
-    with torch.inference_mode():
+    with torch.no_grad():
         features = backbone.module(IMAGES)
         wanted = model.eval().forward_head(model.forward_features(IMAGES), pre_logits=True)
     assert features.shape == (2, model.head_hidden_size)
@@ -83,7 +84,7 @@ def test_timm_gives_the_pre_logits(name: str, tmp_path: Path) -> None:
 
 
 def test_squeezenets_convolutional_classifier() -> None:
-    with torch.inference_mode():
+    with torch.no_grad():
         features = load_backbone("squeezenet1_1", "random").module(IMAGES)
     assert features.shape == (2, 512)
 
@@ -172,7 +173,7 @@ def test_the_demo_weights_see_photographs(photographs: Path) -> None:
     labels, images = kit.labels("test"), kit.images("test")
     chosen = [i for c in range(6) for i in (labels[:, c] == 1).nonzero()[0][:6]]
     pixels = torch.stack([Degradation().hr(images.read(int(i))) for i in chosen])
-    with torch.inference_mode():
+    with torch.no_grad():
         rows = nn.functional.normalize(backbone.module.eval()(backbone.preprocessing(pixels)))
     similar = rows @ rows.T - 2 * torch.eye(len(rows))
     nearest = similar.argmax(1)
@@ -189,3 +190,8 @@ def test_a_host_that_is_not_asked_for_is_not_imported() -> None:
     paths = f"import sys; sys.path[:0] = [{root!r}, {root + '/integrations'!r}]\n"
     run = subprocess.run([sys.executable, "-c", paths + code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_backbone_says_which_size_its_weights_are_for() -> None:
+    sizes = {"timm/test_resnet": 160, "timm/test_vit": 160, "torchvision/efficientnet_b4": 380}
+    assert {name: load_backbone(name, "random").image_size for name in sizes} == sizes

@@ -120,3 +120,12 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert lines[start].endswith("-m benchmarks.voc2007")
     assert next(line for line in lines if "bin/pytest" in line) == lines[start + 1]
     assert lines[start + 1].startswith("python3 -m venv .venv && .venv/bin/pip install -e '.[all]'")
+
+
+def test_the_table_of_kinds_names_tests_that_are_there() -> None:
+    folder = Path(__file__).parent
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?", (folder / "README.md").read_text())
+    assert len(named) > 40
+    for file, test in named:
+        if "/test_" in file:
+            assert not test or f"def {test}(" in (folder / file).read_text(), (file, test)

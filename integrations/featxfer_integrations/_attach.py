@@ -331,10 +331,13 @@ def host_parameter(host: nn.Module) -> Tensor | None:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels of the images that the model takes: those of its first convolution, or 3.
+    """Channels of the images that the model takes: what it says, what its first convolution takes.
 
-    Some fold pixels into channels first, so that a multiple of 3 stands for 3.
+    Some fold pixels into channels first, so that a multiple of 3 stands for 3; so does no layer.
     """
+    said = getattr(model, "in_chans", None)
+    if type(said) is int:
+        return said
     layers = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     channels = next((layer.in_channels for layer in layers), 3)
     return channels if channels % 3 else 3

@@ -66,7 +66,7 @@ def test_extract_under_torchrun(
 def test_views_are_of_the_size_that_the_weights_are_for_unless_told(
     stores: tuple[Path, Path], image_folder: Path, tmp_path: Path
 ) -> None:
-    extract = [
+    extract: list[str | Path] = [
         "extract", image_folder, "--backbone", "timm/test_resnet", "--weights",
         tmp_path / "w.safetensors", "--cache", tmp_path / "other", "--hr-size",
     ]  # fmt: skip

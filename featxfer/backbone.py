@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -157,7 +158,7 @@ def _assigned_by_runs(classes: set[type]) -> set[str]:
             for code in _codes(member):
                 methods.setdefault(name, []).append(code)
     waiting, seen = list(_RUN), set(_RUN)
-    assigned: set[str] = set()
+    assigned = {n for b in bases for n, m in vars(b).items() if isinstance(m, cached_property)}
     while waiting:
         for code in methods.get(waiting.pop(), []):
             assigned.update(
@@ -173,10 +174,13 @@ def _assigned_by_runs(classes: set[type]) -> set[str]:
 
 def _codes(member: object) -> Iterator[CodeType]:
     """Bytecode of a method, a property or what they are wrapped in, and of functions inside."""
+    if isinstance(member, cached_property):
+        yield from _codes(member.func)
     if isinstance(member, property):
         for function in (member.fget, member.fset):
             yield from _codes(function)
-    member = inspect.unwrap(getattr(member, "__func__", member))  # type: ignore[arg-type]
+    member = getattr(member, "__func__", member)
+    member = inspect.unwrap(member) if isinstance(member, FunctionType) else member
     waiting = [member.__code__] if isinstance(member, FunctionType) else []
     while waiting:
         code = waiting.pop()
@@ -214,7 +218,7 @@ def _setting(value: Any, package: str, changing: set[str], depth: int) -> Any:
         }
         return None if None in named.values() else named
     own = _package(type(value)) == package and hasattr(value, "__dict__")
-    if own and not isinstance(value, nn.Module):
+    if own and not isinstance(value, nn.Module | Tensor):
         return [type(value).__name__, _settings_of(value, package, changing, depth + 1)]
     return None
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,11 @@ class Host(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         self._note(images)
         with torch.no_grad():
-            return self.helper.widen(self.inner(images).mean((2, 3))) * self.scale
+            return self.helper.widen(self.inner(images).mean((2, 3))) * self.scale / self.width
+
+    @cached_property
+    def width(self) -> int:
+        return self.inner.out_channels
 
     @torch.no_grad()
     def _note(self, images: Tensor) -> None:
@@ -204,6 +209,14 @@ def test_what_a_run_leaves_behind_is_no_setting_in_any_process() -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert run.stdout.strip() == before
+
+
+def test_tensors_and_modules_are_no_settings() -> None:
+    module = nn.Linear(2, 2)
+    before = architecture(module)
+    module.kept = torch.ones(2)
+    object.__setattr__(module, "other", nn.ReLU())
+    assert architecture(module) == before
 
 
 def test_a_child_that_is_left_out_does_not_count() -> None:

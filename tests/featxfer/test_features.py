@@ -302,27 +302,34 @@ def test_the_first_image_that_can_be_read_is_compared(
     assert found.ids == images.ids[3:]
 
 
-def test_rounding_of_other_batches_threads_and_compilers_is_no_change(
-    backbone: Backbone, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("dtype", "precision", "anew"),
+    [
+        (torch.float32, "fp32", True),
+        (torch.float32, "bf16", False),
+        (torch.bfloat16, "fp32", False),
+    ],
+)
+def test_what_may_be_rounding_is_no_change(
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dtype: torch.dtype,
+    precision: str,
+    anew: bool,
 ) -> None:
-    images = open_images(image_folder)
-    for dtype, precision in ((torch.float32, "bf16"), (torch.bfloat16, "fp32")):
-        module = nn.Sequential(Cast(dtype), backbone.module.to(dtype))
-        host = dataclasses.replace(backbone, module=module)
-        for batch_size in (64, 1, 3):
-            extract_features(
-                host, images, DEGRADATION, tmp_path, precision=precision, batch_size=batch_size
-            )
-    assert capsys.readouterr().err == ""
+    images, module = open_images(image_folder), Scaled(2.0)
+    module.weight = nn.Parameter(torch.ones(1, dtype=dtype))
+    extract_features(Backbone(module), images, DEGRADATION, tmp_path, precision=precision)
 
+    def nearly(self: Scaled, images: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.scale * images.mean((2, 3)) * 1.01
 
-class Cast(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.to(self.dtype)
+    monkeypatch.setattr(Scaled, "forward", nearly)
+    extract_features(Backbone(module), images, DEGRADATION, tmp_path, precision=precision)
+    assert ("computed anew" in capsys.readouterr().err) == anew
 
 
 def test_a_backbone_that_gives_other_features_each_time_is_named(

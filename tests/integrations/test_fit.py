@@ -143,7 +143,7 @@ def test_the_cache_serves_a_second_fit_and_one_with_a_head_attached(
 ) -> None:
     first = fit(model, drawings, tmp_path)
     monkeypatch.setattr(
-        "featxfer.forward.Forward.__call__", lambda *_: pytest.fail("computed again")
+        "featxfer.store.FeatureStore.write_part", lambda *_: pytest.fail("computed again")
     )
     second = fit(model, drawings, tmp_path)
     assert [entry.loss for entry in second.log] == [entry.loss for entry in first.log]

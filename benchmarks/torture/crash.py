@@ -104,7 +104,7 @@ class Job:
 def small_backbone() -> Backbone:
     """A convolution and pooling, of seed 0: 8 features."""
     generator = torch.Generator().manual_seed(0)
-    convolution = nn.Conv2d(3, 8, 3, stride=2)
+    convolution: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, 3, 8, 3, stride=2)
     with torch.no_grad():
         for parameter in convolution.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 5)

@@ -246,7 +246,7 @@ def _make_tree(root: Path, rng: np.random.Generator) -> int:
     for index in range(int(rng.integers(0, 12))):
         parent = folders[int(rng.integers(len(folders)))]
         hidden = "." * int(rng.integers(0, 5) == 0)
-        path = parent / f"{hidden}{index}{rng.choice(ENDINGS)}"
+        path = parent / f"{hidden}f{index}{rng.choice(ENDINGS)}"
         written = io.BytesIO()
         image.save(written, str(rng.choice(["PNG", "JPEG", "GIF", "TIFF"])))
         path.write_bytes(written.getvalue())

@@ -97,6 +97,7 @@ class Place:
         run: (host, images) runs the part of the host that the place is in; by default all of it.
         block: whether a block goes there, and not a head.
         module: the name of the module as the caller gave it, if it was by name.
+        repeats: whether it may run several times for an image, at each level of a pyramid, say.
         branch: of a detector's predictor, see `attach_transfer`.
         layout: of the maps there, "nchw" or "nhwc"; None for vectors, and until it is known
             (`with_layout`).
@@ -112,6 +113,7 @@ class Place:
     run: Callable[[nn.Module, Tensor], object] | None = None
     block: bool = False
     module: str | None = None
+    repeats: bool = False
     branch: str = "class"
     layout: str | None = None
 
@@ -402,7 +404,7 @@ def take_enabled_feature(host: nn.Module, place: Place, images: Tensor) -> Tenso
     if not taken or not isinstance(taken[0], Tensor):
         names = ", ".join((*place.inputs, *place.outputs))
         raise AttachError(f"where: no tensor passes {names} when the model runs")
-    if place.module is not None and len(taken) > 1:
+    if place.module is not None and len(taken) > 1 and not place.repeats:
         raise AttachError(
             f"where, at: {place.module!r} runs {len(taken)} times for an image, wanted a module "
             "that runs once"

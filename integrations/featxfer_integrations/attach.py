@@ -388,7 +388,8 @@ def find_place(model: nn.Module, *, where: str | None = None, at: str | None = N
             return detector.block_place(model, at)
         return dataclasses.replace(module_place(model, at), block=True)
     if where is not None:
-        return module_place(model, where)
+        repeats = detector_host(model) is not None
+        return dataclasses.replace(module_place(model, where), repeats=repeats)
     if host is None:
         raise no_place(model, "where: wanted the name of a module whose output is the feature")
     return host.pooled_place(model)
@@ -640,6 +641,20 @@ class _Nothing(TransferModule):
         return features
 
 
+def _watch(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Any]:
+    """What reaches some modules, and the result: a new classifier may be of zeros."""
+    seen: list[Any] = []
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args))
+        for name in names
+    ]
+    try:
+        return [model(images), *seen]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def prove(model: nn.Module, places: Sequence[Place], image: Tensor) -> None:
     """Attaches something at each place, sees by one image that it acts, and takes it away again.
 
@@ -651,14 +666,22 @@ def prove(model: nn.Module, places: Sequence[Place], image: Tensor) -> None:
     Raises:
         AttachError: what is attached at a place changes nothing, or the model does not run.
     """
+    watched = [name for place in places for name in place.inputs]
     detector = detector_host(model)
+    if detector is not None:  # of an image without boxes nothing can be told of their heads
+        with frozen(model):
+            places = [p for p in places if p.block or take_feature(model, p, image).numel()]
     added = [place for place in places if attached_at(model, place) is None]
     try:
         for place in added:
             install(model, place, _Nothing())
-        run = None if detector is None else partial(detector.answers, model)
+        run = (
+            partial(_watch, model, watched)
+            if detector is None
+            else partial(detector.answers, model)
+        )
         try:
-            acts = attached_runs(model, image, run=run)
+            acts = attached_runs(model, image, run=run) if places else {}
         except (AttachError, ValueError):
             raise
         except Exception as error:  # whatever a foreign model raises

@@ -136,7 +136,8 @@ def fit_detector(task: DetectorTask) -> TransferFit:
         refuse_void("what is trained here is said, however long it takes", minutes=task.minutes)
         _refuse_void(task, places)
     standing = _standing(task.model, places)
-    prove(task.model, places, probe_image(task.model))
+    full = copy.deepcopy(task.model).float()  # half precision is not for every operation on CPUs
+    prove(full, places, probe_image(full))
     task, skipped = _readable(task)
     plans = [_plan(task.model, place) for place in places if place.block]
     heads = [place for place in places if not place.block]

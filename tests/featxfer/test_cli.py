@@ -124,7 +124,7 @@ def test_an_attached_head_sees_what_it_was_fitted_on(
     torch.testing.assert_close(fitted_on.mean(0), head.input_mean, rtol=1e-4, atol=1e-5)
 
     preprocessing = backbone_of(model).preprocessing
-    images, degradation = open_images(image_folder), Degradation()
+    images, degradation = open_images(image_folder), Degradation(hr_size=160)
     views = torch.stack([degradation.lr(images.read(i)) for i in range(len(images))])
     attach_transfer(model, head=out)
     with torch.no_grad():

@@ -91,7 +91,7 @@ class Member:
         self.train("unequal", self.trainer(new_head(), **plain), fewer)
         broken = share(slice(36), self.rank, self.size)
         if last:
-            broken.inputs[-1] = torch.inf
+            broken.inputs[-1] = torch.nan
         self.train("diverged", self.trainer(new_head(), **plain), broken)
         self.train("recipe", self.trainer(new_head(), **(plain | {"epochs": 2 + last})))
 

@@ -306,6 +306,8 @@ def _forget_changed(
     What other processes write meanwhile is not dropped.
     """
     forward = Forward(backbone, dataclasses.replace(arithmetic, compiled=False), 1)
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in backbone.module.parameters())
+    short = half or arithmetic.bf16 or bool(arithmetic.rounding)
     once = dataclasses.replace(images, read=lru_cache(1)(images.read))
 
     def compute(view: str, image: Tensor) -> Tensor:
@@ -315,10 +317,10 @@ def _forget_changed(
         files = store.parts()
         for name, kept, image in _kept_rows(store, files, once):
             row = compute(view, image)
-            if _agree(row, kept, backbone, arithmetic):
+            if agree(row, kept, short=short):
                 break
             again = compute(view, image)
-            if torch.isfinite(row).all() and not _agree(row, again, backbone, arithmetic):
+            if torch.isfinite(row).all() and not agree(row, again, short=short):
                 raise ValueError(
                     f"backbone {backbone.name}: got other features of image {name} each time, "
                     "wanted the same"
@@ -349,13 +351,17 @@ def _kept_rows(
             yield name, row.float(), image
 
 
-def _agree(row: Tensor, other: Tensor, backbone: Backbone, arithmetic: Arithmetic) -> bool:
-    """Whether rows differ by rounding alone, of other batch sizes, compilers or machines."""
+def agree(row: Tensor, other: Tensor, *, short: bool = False) -> bool:
+    """Whether rows differ by rounding alone, of other batch sizes, compilers or machines.
+
+    Args:
+        row: of features.
+        other: the same, or what should be.
+        short: whether numbers shorter than float32 are in use.
+    """
     if row.shape != other.shape:
         return False
-    short = any(p.dtype in (torch.float16, torch.bfloat16) for p in backbone.module.parameters())
-    exact = not (short or arithmetic.bf16 or arithmetic.rounding)
-    largest = (_ROUNDING if exact else _SHORT_ROUNDING) * other.abs().max()
+    largest = (_SHORT_ROUNDING if short else _ROUNDING) * other.abs().max()
     return bool((row - other).abs().max() <= largest)
 
 

@@ -332,6 +332,12 @@ def host_parameter(host: nn.Module) -> Tensor | None:
     return tensors[-1] if tensors else None
 
 
+def host_device(host: nn.Module) -> torch.device:
+    """Of the host's parameters; in `with`, new tensors are made there, whatever torch's default."""
+    like = host_parameter(host)
+    return torch.device("cpu") if like is None else like.device
+
+
 def input_channels(model: nn.Module) -> int:
     """Channels of the images that the model takes: what it says, what its first convolution takes.
 
@@ -347,7 +353,10 @@ def input_channels(model: nn.Module) -> int:
 
 def black_image(model: nn.Module, height: int, width: int) -> Tensor:
     """An image `(1, c, height, width)` of zeros, on the model's device and in its dtype."""
-    image, like = torch.zeros(1, input_channels(model), height, width), host_parameter(model)
+    image, like = (
+        torch.zeros(1, input_channels(model), height, width, device="cpu"),
+        host_parameter(model),
+    )
     return image if like is None else image.to(like.device, like.dtype)
 
 

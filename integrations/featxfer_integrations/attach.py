@@ -29,6 +29,7 @@ from featxfer_integrations._attach import (
     check_host,
     disabled,
     disturbed,
+    host_device,
     host_parameter,
     install,
     is_attached,
@@ -195,7 +196,8 @@ def attach_transfer(
         if hidden_features is not None:
             options["hidden_channels" if place.block else "hidden_features"] = hidden_features
         if head is None:
-            modules.append(place.kind(width, **options))
+            with host_device(model):
+                modules.append(place.kind(width, **options))
         else:
             modules.append(_given(model, place, head, width, degradation))
     for place, module in zip(places, modules, strict=True):
@@ -516,14 +518,12 @@ def _behind(model: nn.Module, place: Place) -> tuple[str, ...]:
 def _width_at(model: nn.Module, place: Place) -> int:
     """Features or channels at `place`, from one run on a black image."""
     shape = _probe(model, place)
-    if len(shape) == 2:
-        return shape[1]
-    if len(shape) == 4:
-        return shape[channel_axis(shape)]
-    raise AttachError(
-        f"where: {', '.join(place.outputs or place.inputs)} gives {shape}, "
-        "wanted vectors (n, d) or maps (n, d, h, w)"
-    )
+    if len(shape) not in (2, 4):
+        raise AttachError(
+            f"where: {', '.join(place.outputs or place.inputs)} gives {shape}, "
+            "wanted vectors (n, d) or maps (n, d, h, w)"
+        )
+    return shape[1 if len(shape) == 2 else channel_axis(shape)]
 
 
 def maps_at(model: nn.Module, place: Place) -> tuple[int, str, int]:

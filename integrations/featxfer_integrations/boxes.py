@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from featxfer import BaseDegradation, Images
 from featxfer.backbone import describe_module, frozen, sha256_of, weights_sha256
-from featxfer.features import software_versions, tell
+from featxfer.features import agree, software_versions, tell
 from featxfer.forward import Arithmetic, rounding_of
 from featxfer.store import FeatureStore, Manifest, Rows, StoredRows, align
 from featxfer_integrations._attach import (
@@ -365,6 +365,9 @@ def fill_box_stores(
 ) -> dict[str, BoxStores]:
     """The finished stores of all places; what the cache has is not computed again.
 
+    Of stores that have rows, one image is seen again: where its features are other ones, because
+    code was edited that no key knows of, stderr says so and all are computed anew.
+
     Args:
         sampler: of the detector.
         images: see `featxfer.open_images`.
@@ -397,6 +400,7 @@ def fill_box_stores(
         ]
         stores[place.name] = BoxStores(filled[0], filled[1:])
     every = [store for place in stores.values() for store in place.all]
+    _forget_changed(sampler, images, degradations, stores)
     missing = sorted({part for store in every for part in store.missing_parts()})
     size = manifest.part_rows
     if missing:
@@ -424,16 +428,12 @@ def _fill_part(
         if part not in place.drawn.missing_parts()
     }
     samples: dict[str, list[Sample]] = {name: [] for name in stores}
-    through = is_attached(sampler.model)
     rows = range(part * PART_ROWS, min(len(images), (part + 1) * PART_ROWS))
     with frozen(sampler.model):
         for slot, index in enumerate(rows):
             bar.update()
-            image = images.read(index)
-            hr = degradations[0].hr(image)
-            views = [hr, *(view.lr(image) for view in degradations), *([hr] if through else [])]
             before = {name: _unpacked(kept[slot]) for name, kept in known.items()}
-            for name, sample in sampler(views, index, before).items():
+            for name, sample in _see(sampler, images, degradations, index, before).items():
                 if not all(bool(torch.isfinite(rows).all()) for rows in sample.views):
                     raise ValueError(
                         f"images: features of {images.ids[index]} at {name!r} are not finite"
@@ -445,6 +445,53 @@ def _fill_part(
         packed = _packed(samples[name], shape, len(place.views))
         for store, features in zip(place.all, packed, strict=True):
             store.write_part(part, Rows(ids, features))
+
+
+def _see(
+    sampler: Sampler,
+    images: Images,
+    degradations: Sequence[BaseDegradation],
+    index: int,
+    known: Mapping[str, Sample],
+) -> dict[str, Sample]:
+    """Samples of one image by place."""
+    image = images.read(index)
+    hr = degradations[0].hr(image)
+    through = [hr] if is_attached(sampler.model) else []
+    return sampler([hr, *(view.lr(image) for view in degradations), *through], index, known)
+
+
+def _forget_changed(
+    sampler: Sampler,
+    images: Images,
+    degradations: Sequence[BaseDegradation],
+    stores: Mapping[str, BoxStores],
+) -> None:
+    """Drops all finished parts if the first image of one has other features now, and says so."""
+    every = [store for place in stores.values() for store in place.all]
+    finished = set.intersection(*(set(store.parts()) for store in every))
+    if not finished:
+        return
+    part = min(finished)
+    kept = {name: [s.read_part(part) for s in place.all] for name, place in stores.items()}
+    known = {
+        name: _unpacked(rows[0].features[0].unflatten(0, (-1, KEPT))) for name, rows in kept.items()
+    }
+    with frozen(sampler.model):
+        samples = _see(sampler, images, degradations, part * PART_ROWS, known)
+    for name, (_, *before) in kept.items():
+        shape = (1, sampler.per_image, sampler.widths[name])
+        _, *now = _packed([samples[name]], shape, len(before))
+        if all(agree(new[0], old.features[0]) for new, old in zip(now, before, strict=True)):
+            continue
+        tell(
+            f"{stores[name].drawn.directory.parent} has other features of boxes at {name!r} of "
+            f"image {images.ids[part * PART_ROWS]} than are computed now; all are computed anew"
+        )
+        for store in every:
+            for index in store.parts():
+                store.drop_part(index)
+        return
 
 
 def _unpacked(kept: Tensor) -> Sample:

@@ -39,6 +39,7 @@ from featxfer_integrations._attach import (
     Place,
     attached_at,
     gives_clusters,
+    host_device,
     host_parameter,
     run_host,
     take_feature,
@@ -158,15 +159,15 @@ def new_blocks(
 
     They are on the model's device, and in float32 whatever the model is in.
     """
-    host, like = host_of(model), host_parameter(model)
+    host = host_of(model)
     width = block_width(model, plans, INPUT_SIZE if host is None else host.input_size(model))
     blocks = {}
     for plan in plans:
         attached = attached_at(model, plan.place)
         config = {"hidden_channels": width} if attached is None else attached.config
         sizes = {"channels": plan.channels, "layout": plan.layout}
-        block = FeatureTransferBlock(**{**config, **sizes}, seed=seed)
-        blocks[plan.module] = block if like is None else block.to(like.device)
+        with host_device(model):
+            blocks[plan.module] = FeatureTransferBlock(**{**config, **sizes}, seed=seed)
     return blocks
 
 

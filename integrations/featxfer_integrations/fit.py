@@ -52,6 +52,7 @@ from featxfer_integrations._attach import (
     black_image,
     check_host,
     gives_clusters,
+    host_device,
     host_parameter,
     is_attached,
     pooled_feature,
@@ -857,7 +858,10 @@ def _new_head(task: _Task, width: int, images: int) -> FeatureTransferHead:
     k = task.ks(images)[0]
     if config.get("output") == "clusters":
         k = config["clusters"]
-    return FeatureTransferHead(**{**config, "in_features": width, "clusters": k}, seed=task.seed)
+    with host_device(task.model):
+        return FeatureTransferHead(
+            **{**config, "in_features": width, "clusters": k}, seed=task.seed
+        )
 
 
 def _clusterings(task: _Task, head: FeatureTransferHead, hr: Tensor) -> list[Clustering]:

@@ -38,6 +38,7 @@ from featxfer_integrations._attach import (
     AttachError,
     Place,
     attached_at,
+    host_device,
     is_attached,
     transfers_of,
 )
@@ -406,7 +407,8 @@ def _fit_heads(
         attached = attached_at(task.model, place)
         config = {} if attached is None else attached.config
         sizes = {"in_features": hr.shape[1], "clusters": k}
-        head = FeatureTransferHead(**{**config, **sizes}, seed=task.seed)
+        with host_device(task.model):
+            head = FeatureTransferHead(**{**config, **sizes}, seed=task.seed)
         with epochs(recipe, f"training the head of {place.name}") as advance:
             of_head = fit_features_head(
                 head,

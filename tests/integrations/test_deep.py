@@ -671,3 +671,20 @@ def test_heads_of_clusters_and_models_without_maps_stay_pooled(
     with pytest.raises(AttachError, match=r"at: .*wanted maps|names no stage"):
         fit(model, drawings, tmp_path, at=None, degradation=view)
     assert not is_attached(model)
+
+
+@pytest.mark.filterwarnings("ignore:.* not help")
+@pytest.mark.parametrize("depth", ["pooled", "deep"])
+def test_torchs_default_device_does_not_matter(
+    model: nn.Module, drawings: Path, tmp_path: Path, depth: str
+) -> None:
+    """The device without memory stands for a GPU: what is made there by mistake cannot be used."""
+    other = copy.deepcopy(model)
+    pooled = {"at": None, "block_recipe": None, "crops": None, "recipe": QUICK}
+    for host, device in ((model, "cpu"), (other, "meta")):
+        with torch.device(device):
+            options = {"depth": depth, **(pooled if depth == "pooled" else {})}
+            fit(host, drawings, tmp_path / device, **options)
+    trained = transfers_of(other).state_dict()
+    for name, value in transfers_of(model).state_dict().items():
+        assert torch.equal(value, trained[name])

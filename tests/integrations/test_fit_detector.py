@@ -675,3 +675,26 @@ def test_an_empty_folder_and_what_is_attached_elsewhere(
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     with pytest.raises(ValueError, match="degradation: got ScaledDegradation, wanted Degradation"):
         fit_transfer(model, discs, where="1", degradation=LR)
+
+
+def test_features_of_boxes_that_are_others_now_are_told_and_computed_anew(
+    detector: nn.Module, discs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an edited `forward` gives them: no key knows of it."""
+    images, places = open_images(discs), find_places(detector, where="boxes")
+    sampler = Sampler(detector, places, seed=0)
+    all_images = torch.arange(len(images))
+
+    def hr_features(cache: Path) -> torch.Tensor:
+        stores = fill_box_stores(sampler, images, [LR], cache)
+        return stores[places[0].name].read(all_images, 10_000, 0)[0][0]
+
+    before = hr_features(tmp_path)
+    assert torch.equal(hr_features(tmp_path), before)
+    assert "computed anew" not in capsys.readouterr().err
+    module = detector.get_submodule("backbone.neck.layer_blocks.0")
+    module.register_forward_hook(lambda _, __, output: 2 * output)
+    after = hr_features(tmp_path)
+    assert "has other features of boxes at 'boxes" in capsys.readouterr().err
+    assert not torch.equal(after, before)
+    assert torch.equal(after, hr_features(tmp_path / "new"))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -614,17 +615,19 @@ def _hangs_on(
         return not _are_equal(plain, _numbers(run()))
 
 
-def _numbers(value: Any) -> list[Tensor]:
-    """The tensors in whatever a model returns."""
+def _numbers(value: Any, depth: int = 6) -> list[Tensor]:
+    """The numbers in whatever a model returns; objects may hold each other, so not for ever."""
+    if isinstance(value, int | float | np.ndarray | np.generic):
+        value = torch.as_tensor(value)
     if isinstance(value, Tensor):
         return [value.detach().double().nan_to_num().cpu()]
     if isinstance(value, Mapping):
         value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for part in value for tensor in _numbers(part)]
-    if hasattr(value, "__dict__") and not isinstance(value, nn.Module):
-        return _numbers(vars(value))
-    return []
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+        value = list(vars(value).values())
+    if not isinstance(value, list | tuple) or not depth:
+        return []
+    return [tensor for part in value for tensor in _numbers(part, depth - 1)]
 
 
 def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
@@ -642,7 +645,7 @@ class _Nothing(TransferModule):
 
 
 def _watch(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Any]:
-    """What reaches some modules, and the result: a new classifier may be of zeros."""
+    """The result, and what reaches some modules."""
     seen: list[Any] = []
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args))
@@ -666,7 +669,11 @@ def prove(model: nn.Module, places: Sequence[Place], image: Tensor) -> None:
     Raises:
         AttachError: what is attached at a place changes nothing, or the model does not run.
     """
-    watched = [name for place in places for name in place.inputs]
+    watched = [  # a new classifier may be of zeros, and its result the same whatever reaches it
+        name
+        for name, module in model.named_modules()
+        if any(p.ndim > 1 and not p.any() for p in module.parameters(recurse=False))
+    ]
     detector = detector_host(model)
     if detector is not None:  # of an image without boxes nothing can be told of their heads
         with frozen(model):

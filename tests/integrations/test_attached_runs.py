@@ -116,6 +116,30 @@ def test_proof_before_a_fit_leaves_the_model_as_it_was(where: str) -> None:
     assert list(transfers_of(model)) == list(transfers_of(model).places) == ["norm"]
 
 
+@pytest.mark.parametrize("where", ["pool", "norm"])
+def test_proof_sees_through_a_classifier_of_zeros(where: str) -> None:
+    model = make()
+    nn.init.zeros_(model.fc.weight)
+    prove(model, [find_place(model, where=where)], IMAGES)
+    with pytest.raises(AttachError, match="attached at 'aside' changes nothing"):
+        prove(model, [find_place(model, where="aside")], IMAGES)
+
+
+class Result:
+    """As predictors return them."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.scores, self.names, self.parent = logits.numpy(), {0: "dog"}, self
+
+
+def test_results_may_be_objects_of_arrays() -> None:
+    model = attach_transfer(make(), where="pool")
+    assert attached_runs(model, IMAGES, run=lambda batch: [Result(model(batch))]) == {"pool": True}
+    plain = make()
+    stale = attached_runs(model, IMAGES, run=lambda batch: [Result(plain(batch))])
+    assert stale == {"pool": False}
+
+
 def test_proof_in_detectors_does_not_hang_on_scores(
     by_hand: Callable[[str, str], nn.Module],
 ) -> None:

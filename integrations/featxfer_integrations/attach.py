@@ -592,15 +592,17 @@ def attached_runs(
     hosts = {n: m for n, m in model.named_modules() if isinstance(m, Transfers) and len(m)}
     if not hosts:
         transfers_of(model)
+    if run is None:  # `or` would ask a compiled model for its length
+        run = model
     with frozen(model):
-        plain = _numbers((run or model)(batch))
+        plain = _numbers(run(batch))
         if not any(value.numel() for value in plain):
             raise ValueError("batch: the model's result for it has no numbers, wanted some")
-        if not _are_equal(plain, _numbers((run or model)(batch))):
+        if not _are_equal(plain, _numbers(run(batch))):
             raise ValueError("batch: the model gives another result for it each time")
         return {
             place if len(hosts) == 1 else f"{name.removesuffix(CHILD)}{place}": _hangs_on(
-                transfers, place, plain, lambda: (run or model)(batch)
+                transfers, place, plain, partial(run, batch)
             )
             for name, transfers in hosts.items()
             for place in transfers

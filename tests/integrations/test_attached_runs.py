@@ -136,6 +136,7 @@ def test_a_model_that_was_compiled_before_meets_what_is_attached_later() -> None
     plain = compiled(IMAGES)
     attach_transfer(model, where="pool")
     assert attached_runs(compiled, IMAGES) == {"pool": True}
+    assert attached_runs(model, IMAGES, run=compiled) == {"pool": True}
     randomise(model)
     torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
     assert not torch.allclose(compiled(IMAGES), plain)

@@ -577,7 +577,8 @@ def attached_runs(
 
     What reaches a place is disturbed, one place after the other, and the results are compared. It
     is False where what is attached is not called, as in a model that the host has fused, rebuilt
-    or copied since, or where its result is not used.
+    or copied since, or where its result is not used: of a detector also at a level of the pyramid
+    that none of the boxes it returns for this batch hangs on.
 
     Args:
         model: with something attached to it, or to a module in it; as it is used: compiled, say.

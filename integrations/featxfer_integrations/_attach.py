@@ -199,7 +199,7 @@ def hook_modules(host: nn.Module, place: Place) -> None:
     for name in place.outputs:
         after = partial(_transfer_output, transfers, place.name)
         host.get_submodule(name).register_forward_hook(after)
-    _forget_compiled(host)
+    _forget_compiled()
 
 
 def unhook_modules(host: nn.Module, place: str | None = None) -> None:
@@ -211,7 +211,7 @@ def unhook_modules(host: nn.Module, place: str | None = None) -> None:
                 del hooks[key]
         if _is_ours(vars(module).get("forward"), transfers, place):
             del module.forward
-    _forget_compiled(host)
+    _forget_compiled()
 
 
 def _is_ours(hook: object, transfers: Transfers, place: str | None) -> bool:
@@ -246,18 +246,14 @@ def remove_all(host: nn.Module) -> None:
     delattr(host, CHILD)
 
 
-def _forget_compiled(host: nn.Module) -> None:
-    """Lets `torch.compile(host)`, if there is one, meet the hooks that are there now.
+def _forget_compiled() -> None:
+    """Lets whatever `torch.compile` has made of the host meet the hooks that are there now.
 
-    Compiled code does not look whether hooks have changed since, so it is compiled anew.
+    Compiled code does not look whether hooks have changed since, and may be of a function or module
+    around the host, which nothing tells: all that is compiled is compiled anew.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:
-        return
-    for kind in {type(module) for module in host.modules()}:
-        code = getattr(kind.forward, "__code__", None)
-        if code is not None:
-            dynamo.reset_code(code)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def gives_clusters(module: nn.Module) -> bool:

@@ -578,7 +578,8 @@ def attached_runs(
 
     What reaches a place is disturbed, one place after the other, and the results are compared. It
     is False where what is attached is not called, as in a model that the host has fused, rebuilt
-    or copied since, or where its result is not used.
+    or copied since, or where its result is not used: of a detector also at a level of the pyramid
+    that none of the boxes it returns for this batch hangs on.
 
     Args:
         model: with something attached to it, or to a module in it; as it is used: compiled, say.
@@ -593,15 +594,17 @@ def attached_runs(
     hosts = {n: m for n, m in model.named_modules() if isinstance(m, Transfers) and len(m)}
     if not hosts:
         transfers_of(model)
+    if run is None:  # `or` would ask a compiled model for its length
+        run = model
     with frozen(model):
-        plain = _numbers((run or model)(batch))
+        plain = _numbers(run(batch))
         if not any(value.numel() for value in plain):
             raise ValueError("batch: the model's result for it has no numbers, wanted some")
-        if not _are_equal(plain, _numbers((run or model)(batch))):
+        if not _are_equal(plain, _numbers(run(batch))):
             raise ValueError("batch: the model gives another result for it each time")
         return {
             place if len(hosts) == 1 else f"{name.removesuffix(CHILD)}{place}": _hangs_on(
-                transfers, place, plain, lambda: (run or model)(batch)
+                transfers, place, plain, partial(run, batch)
             )
             for name, transfers in hosts.items()
             for place in transfers

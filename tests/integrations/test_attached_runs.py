@@ -160,11 +160,49 @@ def test_a_model_that_was_compiled_before_meets_what_is_attached_later() -> None
     plain = compiled(IMAGES)
     attach_transfer(model, where="pool")
     assert attached_runs(compiled, IMAGES) == {"pool": True}
+    assert attached_runs(model, IMAGES, run=compiled) == {"pool": True}
     randomise(model)
     torch.testing.assert_close(compiled(IMAGES), model(IMAGES))
     assert not torch.allclose(compiled(IMAGES), plain)
     detach_transfer(model)
     torch.testing.assert_close(compiled(IMAGES), plain)
+
+
+class Around(nn.Module):
+    """A pipeline around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return 2 * logits
+
+
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_what_was_compiled_around_a_model_meets_what_is_attached_and_detached(kind: str) -> None:
+    model = make()
+    around = Around(model).eval()
+    run = around if kind == "module" else lambda images: around(images)
+    compiled: Any = torch.compile(run, backend="eager")
+    plain = compiled(IMAGES)
+    attach_transfer(model, where="pool")
+    assert attached_runs(model, IMAGES, run=compiled) == {"pool": True}
+    randomise(model)
+    torch.testing.assert_close(compiled(IMAGES), around(IMAGES))
+    assert not torch.allclose(compiled(IMAGES), plain)
+    detach_transfer(model)
+    torch.testing.assert_close(compiled(IMAGES), plain)
+
+
+def test_a_part_that_was_compiled_meets_what_is_attached_in_it() -> None:
+    model: Any = make()
+    model.pool = torch.compile(model.pool, backend="eager")
+    with torch.no_grad():
+        model(IMAGES)
+    attach_transfer(model, where="pool._orig_mod.0")
+    assert attached_runs(model, IMAGES) == {"pool__orig_mod_0": True}
 
 
 @pytest.mark.parametrize("name", ["", "pool"])

@@ -578,12 +578,12 @@ def attached_runs(
 
     What reaches a place is disturbed, one place after the other, and the results are compared. It
     is False where what is attached is not called, as in a model that the host has fused, rebuilt
-    or copied since, or where its result is not used: of a detector also at a level of the pyramid
-    that none of the boxes it returns for this batch hangs on.
+    or copied since, or where its result is not used. Of a torchvision detector all that its heads
+    say is compared, before boxes are left out for their scores.
 
     Args:
         model: with something attached to it, or to a module in it; as it is used: compiled, say.
-        batch: what it takes; of a detector images in which it finds something.
+        batch: what it takes.
         run: how it is used, if not as `model(batch)`: a predictor around the model, for one. It
             has to run in this thread.
 
@@ -594,8 +594,9 @@ def attached_runs(
     hosts = {n: m for n, m in model.named_modules() if isinstance(m, Transfers) and len(m)}
     if not hosts:
         transfers_of(model)
+    detector = detector_host(model)
     if run is None:  # `or` would ask a compiled model for its length
-        run = model
+        run = model if detector is None else partial(detector.answers, model)
     with frozen(model):
         plain = _numbers(run(batch))
         if not any(value.numel() for value in plain):

@@ -46,7 +46,13 @@ from featxfer_integrations._attach import (
 )
 from featxfer_integrations._fitting import check_readable
 from featxfer_integrations._replay import Rest
-from featxfer_integrations.attach import INPUT_SIZE, find_place, host_of, maps_at
+from featxfer_integrations.attach import (
+    INPUT_SIZE,
+    find_place,
+    host_of,
+    maps_at,
+    probe_image,
+)
 
 HR_SHARE = 0.5
 """Of each epoch's images, how many are seen as HR images too."""
@@ -138,6 +144,8 @@ def plan_blocks(
                 f"at: {type(model).__name__} names no stage of maps of 1/16 or 1/32 of the image's "
                 "size; name a stage or a module"
             )
+    if len(set(names)) < len(names):
+        raise ValueError(f"at: got {', '.join(names)}, wanted each place once")
     plans = []
     for name in names:
         place = find_place(model, at=name)
@@ -149,7 +157,32 @@ def plan_blocks(
             if depth == "auto" and at is None:
                 return []
             raise
+    _check_order(model, plans)
     return plans
+
+
+def _check_order(model: nn.Module, plans: Sequence[BlockPlan]) -> None:
+    """Raises `ValueError` unless places are named in the order that an image passes them."""
+    if len(plans) < 2:
+        return
+    passed: list[str] = []
+    handles = [
+        model.get_submodule(plan.place.outputs[0]).register_forward_hook(
+            lambda *_, name=plan.module: passed.append(name)
+        )
+        for plan in plans
+    ]
+    try:
+        with frozen(model):
+            run_host(model, plans[0].place, probe_image(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [plan.module for plan in plans]
+    if names != passed:
+        raise ValueError(
+            f"at: got {', '.join(names)}, wanted the first place first: {', '.join(passed)}"
+        )
 
 
 def new_blocks(

@@ -764,6 +764,9 @@ def _views(degradation: BaseDegradation | Sequence[BaseDegradation], kind: type[
     if len(views) < len(several):
         names = ", ".join(type(view).__name__ for view in several)
         raise ValueError(f"degradation: got {names}, wanted {kind.__name__} for this model")
+    twice = next((view for view in views if views.count(view) > 1), None)
+    if twice is not None:
+        raise ValueError(f"degradation: got {twice.to_json()} twice, wanted it once")
     sizes = {view.hr_size for view in views if isinstance(view, Degradation)}
     if len(sizes) > 1:
         raise ValueError(f"degradation: got hr_size {sorted(sizes)}, wanted one for all")

@@ -149,6 +149,8 @@ def test_proof_in_detectors_does_not_hang_on_scores(
         holder.score_thresh = 2.0  # nothing is found
         attach_transfer(attach_transfer(detector, where="backbone"), where="boxes")
         prove(detector, list(transfers_of(detector).places.values()), probe_image(detector))
+        images = list(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+        assert all(attached_runs(detector, images).values())
 
 
 # Compilers

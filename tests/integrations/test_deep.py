@@ -688,3 +688,19 @@ def test_torchs_default_device_does_not_matter(
     trained = transfers_of(other).state_dict()
     for name, value in transfers_of(model).state_dict().items():
         assert torch.equal(value, trained[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at": ["layer2", "layer1"]}, "at: got layer2, layer1, wanted the first place first: lay"),
+        ({"at": ["layer1", "layer1"]}, "at: got layer1, layer1, wanted each place once"),
+        ({"degradation": [LR, LR]}, "degradation: got .* twice, wanted it once"),
+    ],
+)
+def test_places_out_of_order_and_what_is_named_twice(
+    model: nn.Module, drawings: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(model, drawings, tmp_path, **options)
+    assert not is_attached(model)

@@ -584,7 +584,10 @@ PAIRLESS = {"lr_images": "lr/", "depth": "auto"}
         ({**PAIRLESS, "held_out": 0.2}, "held_out: got 0.2, .* without pairs"),
         ({**PAIRLESS, "at": "layer1"}, "at: got 'layer1', .* lr_images"),
         ({**PAIRLESS, "crops": 1}, "crops: got 1, .* lr_images"),
-        ({**PAIRLESS, "degradation": [LR, LR]}, "degradation: got 2 with lr_images"),
+        (
+            {**PAIRLESS, "degradation": [LR, Degradation(hr_size=32, lr_size=16)]},
+            "degradation: got 2 with lr_images",
+        ),
         (
             {"depth": "auto", "where": "layer4", "at": "layer1"},
             "at: got 'layer1', .* where= with depth='auto' trains a head alone",

@@ -435,7 +435,8 @@ def _fit_pooled(task: _Task) -> _Trained:
     clusterings = _clusterings(task, head, hr[train])
     log = _train(task, head, hr[train], [rows[train] for rows in lr], recipe, clusterings)
     clustering = clusterings[0]
-    through = [] if head.output == "clusters" else [head.transfer(rows[test]) for rows in (*lr, hr)]
+    judged = [] if head.output == "clusters" or not len(test) else [*lr, hr]
+    through = [head.transfer(rows[test]) for rows in judged]
     fit = TransferFit(
         log,
         [
@@ -535,7 +536,7 @@ def _fit_deep(task: _Task, plans: Sequence[BlockPlan]) -> _Trained | None:
     recipe = task.recipe or FEATURES_RECIPE
     if attached_at(model, task.place) is not None:
         head, log = _fit_on_top(task, deep, train, recipe)
-        through = [head.transfer(rows) for rows in through]
+        through = [head.transfer(rows) for rows in through if len(test)]
         modules.append((head, task.place))
     hr = deep.hr[0]
     fit = TransferFit(

@@ -420,6 +420,8 @@ def test_a_classifier_that_is_replaced_is_told(name: str) -> None:
     model.fc = nn.Linear(head.in_features, 7)
     with pytest.raises(AttachError, match=REPLACED.format("'fc'")):
         run(model)
+    with transfer_disabled(model):
+        assert run(model)[0].shape == (2, 7)
     attach_transfer(detach_transfer(model), head)
     transferred = run(model)[0]
     with transfer_disabled(model):

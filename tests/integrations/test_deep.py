@@ -704,3 +704,17 @@ def test_places_out_of_order_and_what_is_named_twice(
     with pytest.raises(ValueError, match=message):
         fit(model, drawings, tmp_path, **options)
     assert not is_attached(model)
+
+
+@pytest.mark.parametrize("depth", ["pooled", "deep", "deep, with a head"])
+def test_nothing_may_be_held_out(
+    model: nn.Module, drawings: Path, tmp_path: Path, depth: str
+) -> None:
+    options: dict[str, Any] = {"held_out": 0.0, "degradation": [LR, Degradation(32, 16)]}
+    if depth == "pooled":
+        options |= {"depth": depth, "at": None, "block_recipe": None, "crops": None}
+        options["recipe"] = QUICK
+    if "head" in depth:
+        attach_transfer(model)
+    found = fit(model, drawings, tmp_path, **options)
+    assert (found.held_out, found.images) == ([], 60)

@@ -438,12 +438,10 @@ def backbone_sha256(model: nn.Module, place: Place, dtype: torch.dtype | None = 
 
 def weights_details(model: nn.Module, place: Place) -> dict[str, Any]:
     """For a card: the dtype of the weights, and their hash in the dtypes that have less room."""
-    said = _dtype_of(model)
-    lower = {dtype: name for name, dtype in LOWER_DTYPES.items() if dtype != said}
-    if said in LOWER_DTYPES.values():
-        lower = {}
-    hashes = {name: backbone_sha256(model, place, dtype) for dtype, name in lower.items()}
-    return {"dtype": str(said).removeprefix("torch."), "sha256_in": hashes}
+    said = str(_dtype_of(model)).removeprefix("torch.")
+    lower = {} if said in LOWER_DTYPES else LOWER_DTYPES
+    hashes = {name: backbone_sha256(model, place, dtype) for name, dtype in lower.items()}
+    return {"dtype": said, "sha256_in": hashes}
 
 
 def _check_weights(model: nn.Module, place: Place, card: Card, source: str) -> None:

@@ -234,24 +234,25 @@ def frozen(module: nn.Module) -> Iterator[None]:
     Modes are set by the modules' own `train`, and where all are in eval mode, not at all. Raises
     `ValueError` for a submodule whose own `eval` leaves it in training mode.
     """
+    with modes_kept(module), torch.no_grad():
+        if any(child.training for child in module.modules()):
+            module.eval()
+            _check_eval(module.modules())
+        yield
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Each submodule's own mode restored after, by its own `train`, parents before children."""
     modes = {child: child.training for child in module.modules()}
     try:
-        if any(modes.values()):
-            module.eval()
-            _check_eval(modes)
-        with torch.no_grad():
-            yield
+        yield
     finally:
-        _restore(modes)
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    """Gives modules, parents before children, the modes that they had."""
-    for child, mode in modes.items():
-        if child.training != mode:
-            child.train(mode)
-    for child, mode in modes.items():  # where a module's own train does something else
-        child.training = mode
+        for child, mode in modes.items():
+            if child.training != mode:
+                child.train(mode)
+        for child, mode in modes.items():  # where a module's own train does something else
+            child.training = mode
 
 
 def _check_eval(modules: Iterable[nn.Module]) -> None:

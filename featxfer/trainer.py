@@ -27,6 +27,7 @@ from featxfer._checks import (
     variance_of,
 )
 from featxfer._processes import Processes
+from featxfer.backbone import modes_kept
 from featxfer.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -258,7 +259,7 @@ class PseudoLabelTrainer:
         judge = None
         if held_out is not None:
             judge = partial(self._judge, held_out, held_out_batch)
-        with _modes_kept(self.head), _dropout_from(self.module, progress.dropout):
+        with modes_kept(self.head), _dropout_from(self.module, progress.dropout):
             self.head.train()
             _warn_of_dropout(self.module)
             if path is not None and path.exists():
@@ -487,21 +488,9 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _modes_kept(module: nn.Module) -> Iterator[None]:
-    """Each submodule is in its former mode after."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            if part.training != training:
-                part.train(training)
-
-
-@contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode inside, the former modes after."""
-    with _modes_kept(module):
+    with modes_kept(module):
         module.eval()
         yield
 

@@ -430,17 +430,22 @@ def backbone_sha256(model: nn.Module, place: Place, dtype: torch.dtype | None = 
 
     Without what is attached, the classifiers or predictors, and what else runs behind the feature.
     """
+    return weights_sha256(model, leave_out=_left_out(model, place), dtype=dtype)
+
+
+def _left_out(model: nn.Module, place: Place) -> tuple[str, ...]:
+    """Beginnings of the names of weights that what is trained at `place` does not hang on."""
     host = host_of(model)
     behind = _behind(model, place) if host is None else host.behind(model, place)
-    left_out = tuple(f"{name}." for name in (CHILD, *behind) if name not in place.outputs)
-    return weights_sha256(model, leave_out=left_out, dtype=dtype)
+    return tuple(f"{name}." for name in (CHILD, *behind) if name not in place.outputs)
 
 
 def weights_details(model: nn.Module, place: Place) -> dict[str, Any]:
     """For a card: the dtype of the weights, and their hash in the dtypes that have less room."""
     said = str(_dtype_of(model)).removeprefix("torch.")
     lower = {} if said in LOWER_DTYPES else LOWER_DTYPES
-    hashes = {name: backbone_sha256(model, place, dtype) for name, dtype in lower.items()}
+    left_out = _left_out(model, place)
+    hashes = {n: weights_sha256(model, leave_out=left_out, dtype=d) for n, d in lower.items()}
     return {"dtype": said, "sha256_in": hashes}
 
 
@@ -684,11 +689,7 @@ def prove(model: nn.Module, places: Sequence[Place], image: Tensor) -> None:
     try:
         for place in added:
             install(model, place, _Nothing())
-        run = (
-            partial(_watch, model, watched)
-            if detector is None
-            else partial(detector.answers, model)
-        )
+        run = partial(_watch, model, watched) if detector is None else None
         try:
             acts = attached_runs(model, image, run=run) if places else {}
         except (AttachError, ValueError):

@@ -120,13 +120,9 @@ def extract_features(
     )
     rows = {view: store.read() for view, store in stores.items()}
     skipped = {**rows["hr"].skipped, **rows["lr"].skipped}
-    if skipped and on_error == "raise":
-        raise ImageError(next(iter(skipped.values())))
+    check_readable("images", skipped, len(images), on_error)
     hr, lr = (_without(part, skipped) for part in rows.values())
     align([hr, lr])
-    if not hr.ids:
-        reason = next(iter(skipped.values()))
-        raise ValueError(f"images: none of {len(images)} could be read: {reason}")
     keys = {view: store.manifest.key for view, store in stores.items()}
     return Features(hr.ids, hr.features.float(), lr.features.float(), skipped, keys)
 
@@ -248,6 +244,22 @@ def _manifest(backbone: Backbone, images: Images, precision: str, part_rows: int
 def tell(message: str) -> None:
     """One line on stderr."""
     tqdm.write(f"featxfer: {message}", file=sys.stderr)
+
+
+def check_readable(name: str, skipped: Mapping[str, str], total: int, on_error: str) -> None:
+    """Raises `ImageError` for images that could not be read, or `ValueError` if all may be skipped.
+
+    Args:
+        name: of the argument that the images are of.
+        skipped: why, by image.
+        total: images.
+        on_error: "raise" or "skip".
+    """
+    if skipped and on_error == "raise":
+        raise ImageError(next(iter(skipped.values())))
+    if len(skipped) == total:
+        reason = next(iter(skipped.values()))
+        raise ValueError(f"{name}: none of {total} could be read: {reason}")
 
 
 def write_skipped(path: Path, skipped: Mapping[str, str], count: int) -> None:

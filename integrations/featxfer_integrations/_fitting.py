@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from featxfer import EpochLog, FeatureTransferHead, ImageError, Recipe
+from featxfer import EpochLog, FeatureTransferHead, Recipe
 from featxfer.hub import TransferModule
 from featxfer.labels import Clustering, LabelDiagnostics
 from featxfer.pairs import PairAgreement, compare_pairs
@@ -86,22 +86,6 @@ def refuse_void(why: str, **given: object) -> None:
         if value is not None:
             shown = "a Recipe" if isinstance(value, Recipe) else repr(value)
             raise ValueError(f"{name}: got {shown}, which would have no effect: {why}")
-
-
-def check_readable(name: str, skipped: Mapping[str, str], total: int, on_error: str) -> None:
-    """Raises what `extract_features` does of images that could not be read.
-
-    Args:
-        name: of the argument that the images are of.
-        skipped: why, by image.
-        total: images.
-        on_error: "raise" or "skip".
-    """
-    if skipped and on_error == "raise":
-        raise ImageError(next(iter(skipped.values())))
-    if len(skipped) == total:
-        reason = next(iter(skipped.values()))
-        raise ValueError(f"{name}: none of {total} could be read: {reason}")
 
 
 def libraries(model: nn.Module) -> str:

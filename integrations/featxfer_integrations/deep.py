@@ -29,7 +29,7 @@ from featxfer import (
 )
 from featxfer._checks import variance_of
 from featxfer.backbone import Backbone, frozen
-from featxfer.features import fill_stores, software_versions
+from featxfer.features import check_readable, fill_stores, software_versions
 from featxfer.forward import bf16_is_fast
 from featxfer.images import Images, cropped, flipped
 from featxfer.labels import Clustering
@@ -44,7 +44,6 @@ from featxfer_integrations._attach import (
     run_host,
     take_feature,
 )
-from featxfer_integrations._fitting import check_readable
 from featxfer_integrations._replay import Rest
 from featxfer_integrations.attach import (
     INPUT_SIZE,

@@ -38,7 +38,14 @@ from featxfer import (
 )
 from featxfer._checks import check_choice, check_integer
 from featxfer.backbone import describe_module, sha256_of
-from featxfer.features import Features, default_cache, fill_stores, software_versions, tell
+from featxfer.features import (
+    Features,
+    check_readable,
+    default_cache,
+    fill_stores,
+    software_versions,
+    tell,
+)
 from featxfer.hub import TransferModule
 from featxfer.images import ImageSource
 from featxfer.labels import Clustering
@@ -66,7 +73,6 @@ from featxfer_integrations._fitting import (
     OBJECTIVE,
     WITHOUT_CLUSTERS,
     TransferFit,
-    check_readable,
     duration,
     epochs,
     libraries,

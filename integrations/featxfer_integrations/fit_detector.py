@@ -30,7 +30,7 @@ from featxfer import (
     kmeans,
 )
 from featxfer._checks import check_integer
-from featxfer.features import software_versions, tell, write_skipped
+from featxfer.features import check_readable, software_versions, tell, write_skipped
 from featxfer.forward import bf16_is_fast
 from featxfer.hub import TransferModule
 from featxfer.labels import LabelDiagnostics
@@ -201,9 +201,7 @@ def _readable(task: DetectorTask) -> tuple[DetectorTask, dict[str, str]]:
             skipped[images.ids[index]] = str(error)
         else:
             kept.append(index)
-    if not kept:
-        reason = next(iter(skipped.values()))
-        raise ValueError(f"images: none of {len(images)} could be read: {reason}")
+    check_readable("images", skipped, len(images), task.on_error)
     if not skipped:
         return task, {}
     write_skipped(task.cache / f"skipped-{images.fingerprint[:16]}.json", skipped, len(images))

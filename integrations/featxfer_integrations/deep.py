@@ -46,7 +46,6 @@ from featxfer_integrations._attach import (
 )
 from featxfer_integrations._replay import Rest
 from featxfer_integrations.attach import (
-    INPUT_SIZE,
     find_place,
     host_of,
     maps_at,
@@ -83,21 +82,17 @@ class BlockPlan:
     side: int
 
 
-def block_width(model: nn.Module, plans: Sequence[BlockPlan], size: int) -> int:
+def block_width(model: nn.Module, plans: Sequence[BlockPlan]) -> int:
     """Hidden channels of new blocks: as wide as `SHARE` of the model's arithmetic allows.
 
     Of a detector it is the arithmetic of its backbone.
 
     Args:
-        model: runs on images `(1, 3, size, size)`.
-        plans: where the blocks go.
-        size: side of the images that the sides of the plans are of, pixels.
+        model: runs on `probe_image`.
+        plans: where the blocks go, with the sides of maps of `probe_image`.
     """
-    like = host_parameter(model)
-    image = torch.zeros(1, 3, size, size, device="cpu")
-    image = image if like is None else image.to(like.device, like.dtype)
     with frozen(model), FlopCounterMode(display=False) as counter:
-        run_host(model, plans[0].place, image)
+        run_host(model, plans[0].place, probe_image(model))
     allowed = SHARE * counter.get_total_flops() / 2
     with torch.device("meta"):
         for width in range(WIDEST, NARROWEST, -8):
@@ -191,8 +186,7 @@ def new_blocks(
 
     They are on the model's device, and in float32 whatever the model is in.
     """
-    host = host_of(model)
-    width = block_width(model, plans, INPUT_SIZE if host is None else host.input_size(model))
+    width = block_width(model, plans)
     blocks = {}
     for plan in plans:
         attached = attached_at(model, plan.place)

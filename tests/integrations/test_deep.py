@@ -41,6 +41,7 @@ from featxfer_integrations._fitting import libraries
 from featxfer_integrations.attach import find_place
 from featxfer_integrations.deep import (
     _Views,
+    block_width,
     enough_crops,
     extract_maps,
     maps_backbone,
@@ -718,3 +719,26 @@ def test_nothing_may_be_held_out(
         attach_transfer(model)
     found = fit(model, drawings, tmp_path, **options)
     assert (found.held_out, found.images) == ([], 60)
+
+
+class OfOneSize(nn.Module):
+    """Of no known host, and of no other size than it says."""
+
+    image_size = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.fc = nn.Linear(8 * 8 * 8, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.fc(self.conv(images).flatten(1))
+        return features
+
+
+def test_blocks_are_as_wide_as_the_arithmetic_of_the_models_own_images_allows() -> None:
+    model = OfOneSize().eval()
+    pooled = find_place(model, where="fc")
+    (plan,) = plan_blocks(model, pooled, "deep", "fc", "conv")
+    assert (plan.channels, plan.side) == (8, 8)
+    assert block_width(model, [plan]) == 16, "the narrowest: the model has hardly any arithmetic"

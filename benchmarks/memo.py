@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.versions import versions
-from featxfer._files import write_atomic
+from featxfer.files import write_atomic
 
 
 def hash_key(key: Mapping[str, Any]) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import click
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn import metrics
-from torch import Tensor
 
 from examples._photos import open_photos
-from featxfer import Degradation, assign, extract_features, kmeans, scale_features
+from featxfer import Degradation, assign, extract_features, kmeans
 from featxfer_integrations import fit_transfer, load_backbone
 
 
@@ -46,9 +46,9 @@ def main(train: str, test: str, backbone: str, weights: str, lr_size: int, cache
         print(f"{name}:", ", ".join(f"{what} {mean:.3f} ± {std:.3f}" for what, mean, std in means))
 
 
-def judge(features: Tensor, classes: np.ndarray, seed: int) -> tuple[float, float, float]:
+def judge(features: torch.Tensor, classes: np.ndarray, seed: int) -> tuple[float, float, float]:
     """Accuracy where each cluster stands for the class that makes it best, NMI, ARI."""
-    rows = scale_features(features, "l2")
+    rows = torch.nn.functional.normalize(features)
     clusters = assign(rows, kmeans(rows, len(set(classes)), seed=seed).centroids).numpy()
     table = metrics.cluster.contingency_matrix(classes, clusters)
     accuracy = table[linear_sum_assignment(table, maximize=True)].sum() / len(classes)

@@ -1,12 +1,11 @@
-"""featxfer: label-free transfer of high-resolution features to low-resolution images."""
+"""featxfer: label-free transfer of high-resolution features to low-resolution images.
 
-from typing import TYPE_CHECKING
+What is public is re-exported in `__init__.pyi`, on one screen. A name is imported when it is first
+asked for, and nothing else is: `featxfer --help` needs no torch.
+"""
 
-if TYPE_CHECKING:
-    from featxfer._api import *  # noqa: F403
-else:
-    from featxfer._lazy import lazily
+from featxfer.lazy import lazily
 
-    __getattr__, __dir__ = lazily(__name__)
+__getattr__, __dir__ = lazily(__name__)
 
 __version__ = "0.1.0"

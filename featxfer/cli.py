@@ -71,19 +71,11 @@ def fit(
     """Train a head from two feature stores, HR and LR, of the same images."""
     import dataclasses
 
-    from featxfer import (
-        Card,
-        FeatureStore,
-        FeatureTransferHead,
-        diagnose,
-        fit_head,
-        kmeans,
-        save_head,
-    )
-    from featxfer._checks import check_choice
-    from featxfer.features import shared_degradation
-    from featxfer.labels import ASSIGNMENTS
-    from featxfer.store import align
+    from featxfer import Card, FeatureTransferHead, diagnose, fit_head, kmeans, save_head
+    from featxfer.checks import check_choice
+    from featxfer.features.extract import shared_degradation
+    from featxfer.features.store import FeatureStore, align
+    from featxfer.training.pseudo_labels import ASSIGNMENTS
 
     check_choice("labels", labels, ASSIGNMENTS)
     stores = [FeatureStore.open(folder) for folder in (hr, lr)]
@@ -116,7 +108,7 @@ def fit(
 @click.argument("head", type=Path)
 def show(head: Path) -> None:
     """Check a saved head and print its card."""
-    from featxfer.artifact import CARD, load_head
+    from featxfer.modules.artifact import CARD, load_head
 
     load_head(head)
     click.echo((head / CARD).read_text(encoding="utf-8"), nl=False)
@@ -131,7 +123,7 @@ def cache() -> None:
 @click.argument("folder", type=Path)
 def list_stores(folder: Path) -> None:
     """List the stores in FOLDER with their backbone and how complete they are."""
-    from featxfer import FeatureStore
+    from featxfer.features.store import FeatureStore
 
     for path in _stores(folder):
         store = FeatureStore.open(path)
@@ -146,7 +138,7 @@ def list_stores(folder: Path) -> None:
 @click.argument("folder", type=Path)
 def verify(folder: Path) -> None:
     """Read every byte of the stores in FOLDER; exit 1 and name the parts that are damaged."""
-    from featxfer.store import FeatureStore, StoreError, damaged_parts
+    from featxfer.features.store import FeatureStore, StoreError, damaged_parts
 
     stores = _stores(folder)
     damaged = [part for path in stores for part in damaged_parts(path)]

@@ -18,11 +18,11 @@ from sklearn.utils import Tags, check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from featxfer._checks import check_integer
-from featxfer.head import FeatureTransferHead
-from featxfer.labels import Clustering, count_distinct, kmeans
-from featxfer.recipe import Recipe
-from featxfer.trainer import fit_features_head
+from featxfer.checks import check_integer
+from featxfer.modules.head import FeatureTransferHead
+from featxfer.training.pseudo_labels import Clustering, count_distinct, kmeans
+from featxfer.training.recipe import Recipe
+from featxfer.training.trainer import fit_features_head
 
 Rows = npt.NDArray[np.float32]
 

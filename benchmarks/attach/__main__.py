@@ -25,7 +25,7 @@ from tqdm import tqdm
 from benchmarks.shell import told_errors
 from benchmarks.versions import versions
 from featxfer import FeatureTransferHead
-from featxfer._files import write_atomic
+from featxfer.files import write_atomic
 from featxfer_integrations import AttachError, attach_transfer, detach_transfer, transfers_of
 from featxfer_integrations.attach import probe_image
 

@@ -14,8 +14,8 @@ from benchmarks.detection.run import Study, picture, run, to_markdown
 from benchmarks.plots import require_matplotlib
 from benchmarks.shell import told_errors
 from featxfer import VOCDevkit
-from featxfer._files import write_atomic
-from featxfer.features import default_cache
+from featxfer.features.extract import default_cache
+from featxfer.files import write_atomic
 
 
 def _chosen(value: str | None, known: Mapping[str, Method]) -> list[Method]:

@@ -20,9 +20,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 from benchmarks.versions import versions
 from featxfer import EpochLog, Images, PseudoLabelTrainer, Recipe
-from featxfer._files import write_atomic
-from featxfer.forward import bf16_is_fast
-from featxfer.voc import ObjectBoxes
+from featxfer.evaluation.voc import ObjectBoxes
+from featxfer.features.forward import bf16_is_fast
+from featxfer.files import write_atomic
 from featxfer_integrations import load_model
 
 KINDS = ("faster-rcnn", "retinanet")

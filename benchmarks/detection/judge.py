@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featxfer.voc import ObjectBoxes
+from featxfer.evaluation.voc import ObjectBoxes
 
 COLUMNS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
 """The first six of COCO's figures, in their order."""

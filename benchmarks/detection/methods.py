@@ -15,15 +15,8 @@ from torch import nn
 
 from benchmarks.memo import hash_key
 from benchmarks.versions import versions
-from featxfer import (
-    BaseDegradation,
-    FeatureTransferHead,
-    Images,
-    assign,
-    fit_features_head,
-    kmeans,
-    warm_start_head,
-)
+from featxfer import BaseDegradation, FeatureTransferHead, Images, assign, fit_features_head, kmeans
+from featxfer.training.trainer import warm_start_head
 from featxfer_integrations import (
     attach_transfer,
     fit_transfer,

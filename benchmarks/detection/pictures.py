@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.detection.judge import Detections, overlaps
 from benchmarks.plots import new_figure, png
-from featxfer.voc import ObjectBoxes
+from featxfer.evaluation.voc import ObjectBoxes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,8 +19,8 @@ from benchmarks.gap.study import Study
 from benchmarks.gap.tables import few_labels, to_markdown
 from benchmarks.shell import told_errors
 from featxfer import PROTOCOLS, Degradation, VOCDevkit
-from featxfer._files import write_atomic
-from featxfer.features import default_cache
+from featxfer.features.extract import default_cache
+from featxfer.files import write_atomic
 
 
 def _methods(_: Any, __: Any, value: str) -> tuple[str, ...]:

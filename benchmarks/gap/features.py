@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gap.study import Study
-from featxfer import Degradation
-from featxfer.features import fill_stores
+from featxfer import Degradation, fill_stores
 from featxfer_integrations import transfers_of
 from featxfer_integrations._attach import Place, is_attached
 from featxfer_integrations.attach import find_place, host_of

@@ -20,14 +20,13 @@ from featxfer import (
     Degradation,
     Features,
     Images,
-    LinearSVMs,
     Protocol,
     VOCDevkit,
-    average_precisions,
     extract_features,
     train_svms,
 )
-from featxfer.voc import Labels
+from featxfer.evaluation.svm import LinearSVMs, average_precisions
+from featxfer.evaluation.voc import Labels
 from featxfer_integrations import backbone_of, load_model
 
 SPLITS = ("trainval", "test")
@@ -62,7 +61,7 @@ class Study:
         cache: where finished work is kept.
         resize: how HR views are made; LR views too, but for their size.
         protocol: of the SVMs.
-        ap: how average precision is taken, a name of `featxfer.metrics.AVERAGE_PRECISIONS`.
+        ap: how average precision is taken, a name of `AVERAGE_PRECISIONS`.
     """
 
     name: str

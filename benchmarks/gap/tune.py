@@ -37,8 +37,8 @@ from featxfer import (
     Recipe,
     VOCDevkit,
 )
-from featxfer._files import write_atomic
-from featxfer.features import default_cache
+from featxfer.features.extract import default_cache
+from featxfer.files import write_atomic
 from featxfer_integrations import TransferFit, attach_transfer, fit_transfer, transfers_of
 from featxfer_integrations.attach import find_place, maps_at
 

@@ -30,8 +30,8 @@ from featxfer import (
     Recipe,
     VOCDevkit,
 )
-from featxfer._files import write_atomic
-from featxfer.features import default_cache
+from featxfer.features.extract import default_cache
+from featxfer.files import write_atomic
 from featxfer_integrations import CorruptedDegradation, fit_transfer
 
 SIZES = (16, 24, 32, 48, 64, 96, 128)

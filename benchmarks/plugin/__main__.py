@@ -38,16 +38,15 @@ from featxfer import (
     Degradation,
     Features,
     FeatureTransferHead,
-    LinearSVMs,
     Protocol,
     VOCDevkit,
-    average_precisions,
     extract_features,
     train_svms,
 )
-from featxfer._files import write_atomic
-from featxfer.features import default_cache
-from featxfer.voc import Labels
+from featxfer.evaluation.svm import LinearSVMs, average_precisions
+from featxfer.evaluation.voc import Labels
+from featxfer.features.extract import default_cache
+from featxfer.files import write_atomic
 from featxfer_integrations import (
     attach_transfer,
     backbone_of,

@@ -15,7 +15,7 @@ from benchmarks.shell import told_errors
 from benchmarks.speed import attached, job, memory, stages
 from benchmarks.versions import versions
 from featxfer import VOCDevkit
-from featxfer._files import write_atomic
+from featxfer.files import write_atomic
 from featxfer_integrations import load_backbone
 
 

@@ -40,13 +40,19 @@ STAGES: Mapping[str, tuple[Routine, Routine]] = {
         Routine("voc2007/sample.py", "draw"),
     ),
     "features": (
-        Routine("featxfer/features.py", "extract_features"),
-        Routine("featxfer/forward.py", "__call__"),
+        Routine("featxfer/features/extract.py", "extract_features"),
+        Routine("featxfer/features/forward.py", "__call__"),
     ),
-    "k-means": (Routine("featxfer/labels.py", "kmeans"), Routine("extra_wrappers.py", "train")),
-    "heads": (Routine("featxfer/trainer.py", "fit"), Routine("featxfer/trainer.py", "step")),
+    "k-means": (
+        Routine("featxfer/training/pseudo_labels.py", "kmeans"),
+        Routine("extra_wrappers.py", "train"),
+    ),
+    "heads": (
+        Routine("featxfer/training/trainer.py", "fit"),
+        Routine("featxfer/training/trainer.py", "step"),
+    ),
     "SVMs": (
-        Routine("featxfer/svm.py", "train_svms"),
+        Routine("featxfer/evaluation/svm.py", "train_svms"),
         Routine("svm/_base.py", "_fit_liblinear"),
     ),
     "figures": (

@@ -26,17 +26,16 @@ from featxfer import (
     Recipe,
     VOCDevkit,
     assign,
-    average_precisions,
     extract_features,
     fit_head,
     kmeans,
     open_images,
     pseudo_labels,
-    scale_features,
     train_svms,
 )
-from featxfer.svm import LinearSVMs
-from featxfer.voc import Labels
+from featxfer.evaluation.svm import LinearSVMs, average_precisions
+from featxfer.evaluation.voc import Labels
+from featxfer.modules.scaling import scale_features
 
 Row = dict[str, Any]
 

@@ -21,7 +21,7 @@ from benchmarks.torture.outcome import Outcome
 from benchmarks.torture.repeats import run_repeats
 from benchmarks.torture.silent import run_edited, run_folders, run_ranks, run_threads
 from benchmarks.versions import versions
-from featxfer._files import write_atomic
+from featxfer.files import write_atomic
 
 PARTS: Mapping[str, tuple[str, Callable[[Path, int], Outcome]]] = {
     "killed": ("SIGKILL during extraction", lambda f, seed: run_killed(f, 200, seed)),

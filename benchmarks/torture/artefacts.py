@@ -18,7 +18,7 @@ import torch
 from benchmarks.memory import forget_peak, memory_mib
 from benchmarks.torture.outcome import Outcome
 from featxfer import ArtifactError, Card, Degradation, FeatureTransferHead, load_head, save_head
-from featxfer.artifact import CARD, WEIGHTS
+from featxfer.modules.artifact import CARD, WEIGHTS
 
 MOST_SECONDS = 1.0
 MOST_MIB = 64.0

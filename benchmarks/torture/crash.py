@@ -25,16 +25,9 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.torture.outcome import Outcome
-from featxfer import (
-    Backbone,
-    Degradation,
-    FeatureStore,
-    Preprocessing,
-    fill_stores,
-    open_images,
-)
-from featxfer._files import DiskError
-from featxfer.store import damaged_parts
+from featxfer import Backbone, Degradation, Preprocessing, fill_stores, open_images
+from featxfer.features.store import FeatureStore, damaged_parts
+from featxfer.files import DiskError
 
 PART_ROWS = 4
 COMPARED = 2
@@ -162,9 +155,9 @@ def guarded(faults: Faults) -> Iterator[None]:
         return file
 
     with (
-        mock.patch("featxfer._files.open", half_written, create=True),
-        mock.patch("featxfer._files.os.fsync", faults(os.fsync)),
-        mock.patch("featxfer._files.os.replace", faults(os.replace)),
+        mock.patch("featxfer.files.open", half_written, create=True),
+        mock.patch("featxfer.files.os.fsync", faults(os.fsync)),
+        mock.patch("featxfer.files.os.replace", faults(os.replace)),
     ):
         yield
 

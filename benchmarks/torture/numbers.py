@@ -16,21 +16,19 @@ from featxfer import (
     DivergenceError,
     FeatureTransferHead,
     Recipe,
-    assign,
-    average_precisions,
-    centroid_scores,
     compare_pairs,
     diagnose,
     fit_features_head,
     fit_head,
     kmeans,
-    scale_features,
     train_svms,
-    unpaired_targets,
-    warm_start_head,
 )
 from featxfer.estimator import FeatureTransfer
-from featxfer.svm import PROTOCOLS
+from featxfer.evaluation.svm import PROTOCOLS, average_precisions
+from featxfer.modules.scaling import scale_features
+from featxfer.training.pseudo_labels import assign, centroid_scores
+from featxfer.training.trainer import warm_start_head
+from featxfer.training.unpaired import unpaired_targets
 
 Array = np.ndarray[Any, Any]
 TYPED = (ValueError, TypeError, DivergenceError)

@@ -20,15 +20,14 @@ from benchmarks.torture.outcome import Outcome
 from featxfer import (
     FeatureTransferHead,
     Recipe,
-    average_precisions,
     extract_features,
     fit_features_head,
     kmeans,
     open_images,
-    scale_features,
     train_svms,
 )
-from featxfer.svm import PROTOCOLS
+from featxfer.evaluation.svm import PROTOCOLS, average_precisions
+from featxfer.modules.scaling import scale_features
 
 MOST_DIFFERENCE = 1e-5
 """Of features, relative to the largest, between layouts of the work."""

@@ -29,9 +29,9 @@ from featxfer import (
     Recipe,
     extract_features,
     fill_stores,
-    make_objective,
     open_images,
 )
+from featxfer.training.objectives import make_objective
 from featxfer_integrations import CorruptedDegradation
 
 NOISY = CorruptedDegradation(32, 8, blur_sigma=0.5, noise_std=0.1, jpeg_quality=50)
@@ -49,7 +49,7 @@ def run_threads(folder: Path, images: int = 200, readers: Sequence[int] = (1, 2,
     faults, stores = [], []
     state = torch.get_rng_state()
     for count in readers:
-        with mock.patch("featxfer.features._reader_count", lambda count=count: count):
+        with mock.patch("featxfer.features.extract._reader_count", lambda count=count: count):
             _extract(photographs, folder / f"threads{count}")
         stores.append(_contents(folder / f"threads{count}"))
     if not torch.get_rng_state().equal(state):

@@ -19,8 +19,8 @@ from benchmarks.voc2007 import fetch, figures, report, tables
 from benchmarks.voc2007.options import Network, Options
 from benchmarks.voc2007.run import Study, open_study, run
 from featxfer import PROTOCOLS, Degradation, Recipe
-from featxfer._files import write_atomic
-from featxfer.features import default_cache
+from featxfer.features.extract import default_cache
+from featxfer.files import write_atomic
 
 DEMO_BACKBONE = "tf_efficientnet_lite0"
 

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from benchmarks.voc2007.options import Options
 from benchmarks.voc2007.sample_devkit import render_sample
 from featxfer import PROTOCOLS, Backbone, Features, VOCDevkit, extract_features
-from featxfer.svm import check_classes
-from featxfer.voc import Labels
+from featxfer.evaluation.svm import check_classes
+from featxfer.evaluation.voc import Labels
 
 
 @dataclass(frozen=True)

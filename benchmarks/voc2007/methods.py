@@ -22,15 +22,14 @@ from featxfer import (
     Card,
     Degradation,
     FeatureTransferHead,
-    centroid_scores,
     diagnose,
     fit_head,
     kmeans,
     load_head,
     save_head,
-    scale_features,
 )
-from featxfer.labels import Clustering
+from featxfer.modules.scaling import scale_features
+from featxfer.training.pseudo_labels import Clustering, centroid_scores
 
 Pair = tuple[Tensor, Tensor]
 """Features of the training rows and of the test rows."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from featxfer import PROTOCOLS, Degradation, Recipe
-from featxfer._checks import check_choice, check_integer
-from featxfer.forward import COMPILE, PRECISIONS
-from featxfer.head import ACTIVATIONS
-from featxfer.labels import ASSIGNMENTS, BACKENDS
-from featxfer.metrics import AVERAGE_PRECISIONS
-from featxfer.scaling import SCALINGS
+from featxfer.checks import check_choice, check_integer
+from featxfer.evaluation.metrics import AVERAGE_PRECISIONS
+from featxfer.features.forward import COMPILE, PRECISIONS
+from featxfer.modules.head import ACTIVATIONS
+from featxfer.modules.scaling import SCALINGS
+from featxfer.training.pseudo_labels import ASSIGNMENTS, BACKENDS
 
 METHODS = ("paper", "all")
 

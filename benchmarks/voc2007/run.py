@@ -16,15 +16,9 @@ from benchmarks.versions import versions
 from benchmarks.voc2007.data import Data, check_devkit, load_data, open_devkit
 from benchmarks.voc2007.methods import Row, Sizes, Transfer, table_rows
 from benchmarks.voc2007.options import SVMS, Options
-from featxfer import (
-    PROTOCOLS,
-    Backbone,
-    average_precisions,
-    confidence_interval,
-    gap_recovered,
-    train_svms,
-)
-from featxfer.metrics import AVERAGE_PRECISIONS
+from featxfer import PROTOCOLS, Backbone, gap_recovered, train_svms
+from featxfer.evaluation.metrics import AVERAGE_PRECISIONS, confidence_interval
+from featxfer.evaluation.svm import average_precisions
 from featxfer_integrations import load_backbone
 
 Results = dict[str, Any]

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from benchmarks.voc2007.sample import CLASSES, Drawn, deal_items, draw
-from featxfer._files import write_atomic
+from featxfer.files import write_atomic
 
 FORMAT = 1
 SPLITS = ("trainval", "test")

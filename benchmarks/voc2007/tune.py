@@ -32,13 +32,13 @@ from featxfer import (
     Degradation,
     Features,
     VOCDevkit,
-    average_precisions,
     extract_features,
     train_svms,
 )
-from featxfer._files import write_atomic
-from featxfer.features import default_cache
-from featxfer.voc import Labels
+from featxfer.evaluation.svm import average_precisions
+from featxfer.evaluation.voc import Labels
+from featxfer.features.extract import default_cache
+from featxfer.files import write_atomic
 from featxfer_integrations import load_backbone
 
 FOLDS = 3

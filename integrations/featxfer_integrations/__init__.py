@@ -1,10 +1,8 @@
-"""Hosts that featxfer plugs into: which models there are, their weights, where features are."""
+"""Hosts that featxfer plugs into: which models there are, their weights, where features are.
 
-from typing import TYPE_CHECKING
+What is public is re-exported in `__init__.pyi`, on one screen.
+"""
 
-if TYPE_CHECKING:
-    from featxfer_integrations._api import *  # noqa: F403
-else:
-    from featxfer._lazy import lazily
+from featxfer.lazy import lazily
 
-    __getattr__, __dir__ = lazily(__name__)
+__getattr__, __dir__ = lazily(__name__)

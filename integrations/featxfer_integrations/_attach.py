@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featxfer import FeatureTransferBlock, FeatureTransferHead
-from featxfer.backbone import frozen
-from featxfer.hub import TransferModule
+from featxfer.features.backbone import frozen
+from featxfer.modules.hub import TransferModule
 
 DEEP_REDUCTIONS = (16, 32)
 """Blocks go where a stage ends whose maps are so many times smaller than the image."""

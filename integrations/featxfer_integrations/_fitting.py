@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from featxfer import EpochLog, FeatureTransferHead, Recipe
-from featxfer.hub import TransferModule
-from featxfer.labels import Clustering, LabelDiagnostics
-from featxfer.pairs import PairAgreement, compare_pairs
+from featxfer.evaluation.pairs import PairAgreement, compare_pairs
+from featxfer.modules.hub import TransferModule
+from featxfer.training.pseudo_labels import Clustering, LabelDiagnostics
 from featxfer_integrations._attach import CHILD, Place, attached_at, install
 
 OBJECTIVE = "prototypes"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from featxfer.hub import TransferModule
+from featxfer.modules.hub import TransferModule
 from featxfer_integrations._attach import (
     CHILD,
     AttachError,

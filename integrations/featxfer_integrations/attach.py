@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from featxfer import BaseDegradation, FeatureTransferHead, Preprocessing
-from featxfer.artifact import ArtifactError, Card, check_fit, load_head
-from featxfer.backbone import frozen, weights_sha256
-from featxfer.hub import TransferModule, find_files
+from featxfer.features.backbone import frozen, weights_sha256
+from featxfer.modules.artifact import ArtifactError, Card, check_fit, load_head
+from featxfer.modules.hub import TransferModule, find_files
 from featxfer_integrations._attach import (
     CHILD,
     AttachError,

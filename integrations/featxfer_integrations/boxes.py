@@ -24,10 +24,10 @@ from torchvision.models.detection.image_list import ImageList
 from tqdm import tqdm
 
 from featxfer import BaseDegradation, Images
-from featxfer.backbone import describe_module, frozen, sha256_of, weights_sha256
-from featxfer.features import agree, software_versions, tell
-from featxfer.forward import Arithmetic, rounding_of
-from featxfer.store import FeatureStore, Manifest, Rows, StoredRows, align
+from featxfer.features.backbone import describe_module, frozen, sha256_of, weights_sha256
+from featxfer.features.extract import agree, software_versions, tell
+from featxfer.features.forward import Arithmetic, rounding_of
+from featxfer.features.store import FeatureStore, Manifest, Rows, StoredRows, align
 from featxfer_integrations._attach import (
     CHILD,
     AttachError,

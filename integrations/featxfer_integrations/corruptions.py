@@ -14,7 +14,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from featxfer import Degradation
-from featxfer._checks import check_integer
+from featxfer.checks import check_integer
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,15 @@ from featxfer import (
     PseudoLabelTrainer,
     Recipe,
     kmeans,
-    make_objective,
 )
-from featxfer._checks import variance_of
-from featxfer.backbone import Backbone, frozen
-from featxfer.features import check_readable, fill_stores, software_versions
-from featxfer.forward import bf16_is_fast
-from featxfer.images import Images, cropped, flipped
-from featxfer.labels import Clustering
-from featxfer.store import FeatureStore, StoredRows, align
+from featxfer.checks import variance_of
+from featxfer.features.backbone import Backbone, frozen
+from featxfer.features.extract import check_readable, fill_stores, software_versions
+from featxfer.features.forward import bf16_is_fast
+from featxfer.features.store import FeatureStore, StoredRows, align
+from featxfer.training.objectives import make_objective
+from featxfer.training.pseudo_labels import Clustering
+from featxfer.views.images import Images, cropped, flipped
 from featxfer_integrations._attach import (
     AttachError,
     Place,

@@ -22,13 +22,12 @@ from featxfer import (
     EpochLog,
     FeatureTransferBlock,
     Images,
-    Objective,
     PseudoLabelTrainer,
     Recipe,
     kmeans,
-    make_objective,
 )
-from featxfer.pairs import compare_pairs
+from featxfer.evaluation.pairs import compare_pairs
+from featxfer.training.objectives import Objective, make_objective
 from featxfer_integrations._attach import (
     CHILD,
     Place,

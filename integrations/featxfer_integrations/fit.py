@@ -16,7 +16,6 @@ from featxfer import (
     BLOCK_RECIPE,
     FEATURES_RECIPE,
     OBJECTIVES,
-    UNPAIRED,
     Backbone,
     BaseDegradation,
     Card,
@@ -34,11 +33,10 @@ from featxfer import (
     fit_head,
     kmeans,
     open_images,
-    unpaired_targets,
 )
-from featxfer._checks import check_choice, check_integer
-from featxfer.backbone import describe_module, sha256_of
-from featxfer.features import (
+from featxfer.checks import check_choice, check_integer
+from featxfer.features.backbone import describe_module, sha256_of
+from featxfer.features.extract import (
     Features,
     check_readable,
     default_cache,
@@ -46,11 +44,11 @@ from featxfer.features import (
     software_versions,
     tell,
 )
-from featxfer.hub import TransferModule
-from featxfer.images import ImageSource
-from featxfer.labels import Clustering
-from featxfer.store import Rows, align
-from featxfer.unpaired import require_pot
+from featxfer.features.store import Rows, align
+from featxfer.modules.hub import TransferModule
+from featxfer.training.pseudo_labels import Clustering
+from featxfer.training.unpaired import UNPAIRED, require_pot, unpaired_targets
+from featxfer.views.images import ImageSource
 from featxfer_integrations._attach import (
     CHILD,
     AttachError,

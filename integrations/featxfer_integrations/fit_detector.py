@@ -29,11 +29,11 @@ from featxfer import (
     fit_features_head,
     kmeans,
 )
-from featxfer._checks import check_integer
-from featxfer.features import check_readable, software_versions, tell, write_skipped
-from featxfer.forward import bf16_is_fast
-from featxfer.hub import TransferModule
-from featxfer.labels import LabelDiagnostics
+from featxfer.checks import check_integer
+from featxfer.features.extract import check_readable, software_versions, tell, write_skipped
+from featxfer.features.forward import bf16_is_fast
+from featxfer.modules.hub import TransferModule
+from featxfer.training.pseudo_labels import LabelDiagnostics
 from featxfer_integrations._attach import (
     AttachError,
     Place,

@@ -12,7 +12,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from featxfer import Backbone, Preprocessing
-from featxfer.backbone import frozen
+from featxfer.features.backbone import frozen
 from featxfer_integrations._attach import (
     CHILD,
     DEEP_REDUCTIONS,

@@ -13,8 +13,8 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import FeaturePyramidNetwork
 
 from featxfer import Preprocessing
-from featxfer._checks import check_choice
-from featxfer.backbone import frozen
+from featxfer.checks import check_choice
+from featxfer.features.backbone import frozen
 from featxfer_integrations._attach import (
     CHILD,
     AttachError,

@@ -25,7 +25,7 @@ from benchmarks.detection.methods import (
 from benchmarks.detection.pictures import sort_out
 from benchmarks.detection.run import to_markdown
 from featxfer import Recipe, ScaledDegradation, VOCDevkit, open_images
-from featxfer.voc import ObjectBoxes
+from featxfer.evaluation.voc import ObjectBoxes
 from featxfer_integrations import transfers_of
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "detection"

@@ -17,7 +17,7 @@ from benchmarks.torture.numbers import run_numbers
 from benchmarks.torture.outcome import Outcome
 from benchmarks.torture.repeats import LAYOUTS, run_repeats
 from benchmarks.torture.silent import run_edited, run_folders, run_ranks, run_threads
-from featxfer.store import FeatureStore
+from featxfer.features.store import FeatureStore
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "torture"
 
@@ -87,7 +87,7 @@ def test_every_part_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr("benchmarks.torture.hostile.unpack", extract_all)
         assert run_archives(tmp_path / "e").faults
     with monkeypatch.context() as patch:
-        patch.setattr("featxfer._checks.LARGEST_NORM", float("inf"))
+        patch.setattr("featxfer.checks.LARGEST_NORM", float("inf"))
         patch.setattr("benchmarks.torture.numbers.kmeans", None)
         assert run_numbers(30, 0).faults
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from examples.discovery import judge, main
-from featxfer import Degradation, assign, extract_features, kmeans, open_images, scale_features
+from featxfer import Degradation, assign, extract_features, kmeans, open_images
+from featxfer.modules.scaling import scale_features
 from featxfer_integrations import load_backbone
 
 Figures = Callable[..., dict[str, list[float]]]

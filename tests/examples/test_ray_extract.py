@@ -10,7 +10,8 @@ import safetensors.torch
 import timm
 import torch
 
-from featxfer import Degradation, FeatureStore, fill_stores, open_images
+from featxfer import Degradation, fill_stores, open_images
+from featxfer.features.store import FeatureStore
 from featxfer_integrations import load_backbone
 
 pytest.importorskip("ray", reason="pip install 'featxfer[scale]'")

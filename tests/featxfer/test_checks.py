@@ -17,19 +17,18 @@ from featxfer import (
     Clustering,
     FeatureTransferBlock,
     FeatureTransferHead,
-    PrototypeDistillation,
-    assign,
-    centroid_scores,
     compare_pairs,
     diagnose,
     kmeans,
     pseudo_labels,
-    scale_features,
     train_svms,
-    unpaired_targets,
 )
-from featxfer._checks import as_features
-from featxfer.svm import SVMClassifier
+from featxfer.checks import as_features
+from featxfer.evaluation.svm import SVMClassifier
+from featxfer.modules.scaling import scale_features
+from featxfer.training.objectives import PrototypeDistillation
+from featxfer.training.pseudo_labels import assign, centroid_scores
+from featxfer.training.unpaired import unpaired_targets
 
 GENERATOR = torch.Generator().manual_seed(0)
 HR = torch.randn(30, 6, generator=GENERATOR) + 1

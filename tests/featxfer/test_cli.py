@@ -13,8 +13,10 @@ import timm
 import torch
 from click.testing import CliRunner
 
-from featxfer import Degradation, FeatureStore, FeatureTransferHead, open_images, scale_features
+from featxfer import Degradation, FeatureTransferHead, open_images
 from featxfer.cli import main
+from featxfer.features.store import FeatureStore
+from featxfer.modules.scaling import scale_features
 from featxfer_integrations import attach_transfer, backbone_of
 
 

@@ -24,7 +24,7 @@ from featxfer import (
     FeatureTransferHead,
     load_head,
 )
-from featxfer.backbone import weights_sha256
+from featxfer.features.backbone import weights_sha256
 from featxfer_integrations import (
     AttachError,
     attach_transfer,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from featxfer import Degradation, FeatureTransferHead, load_head, save_head
-from featxfer.artifact import Card
+from featxfer.modules.artifact import Card
 from featxfer_integrations import CorruptedDegradation
 
 IMAGE = torch.randint(

@@ -23,7 +23,7 @@ from featxfer import (
     PseudoLabelTrainer,
     Recipe,
 )
-from featxfer.images import cropped, flipped, open_images
+from featxfer.views.images import cropped, flipped, open_images
 from featxfer_integrations import (
     AttachError,
     TransferFit,
@@ -177,7 +177,7 @@ def test_one_seed_gives_one_result_and_interrupted_training_goes_on(
 ) -> None:
     models = [copy.deepcopy(model) for _ in range(2)]
     fit(models[0], drawings, tmp_path / "one")
-    import featxfer.trainer as trainer
+    import featxfer.training.trainer as trainer
 
     epochs = trainer.PseudoLabelTrainer._epoch
 

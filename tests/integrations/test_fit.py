@@ -22,8 +22,8 @@ from featxfer import (
     extract_features,
     load_head,
     open_images,
-    scale_features,
 )
+from featxfer.modules.scaling import scale_features
 from featxfer_integrations import (
     AttachError,
     attach_transfer,
@@ -143,7 +143,7 @@ def test_the_cache_serves_a_second_fit_and_one_with_a_head_attached(
 ) -> None:
     first = fit(model, drawings, tmp_path)
     monkeypatch.setattr(
-        "featxfer.store.FeatureStore.write_part", lambda *_: pytest.fail("computed again")
+        "featxfer.features.store.FeatureStore.write_part", lambda *_: pytest.fail("computed again")
     )
     second = fit(model, drawings, tmp_path)
     assert [entry.loss for entry in second.log] == [entry.loss for entry in first.log]

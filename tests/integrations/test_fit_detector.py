@@ -25,7 +25,7 @@ from featxfer import (
     ScaledDegradation,
     open_images,
 )
-from featxfer.hub import TransferModule
+from featxfer.modules.hub import TransferModule
 from featxfer_integrations import (
     AttachError,
     TransferFit,
@@ -380,7 +380,7 @@ def test_half_precision_detectors_are_trained_in_full(
 def test_interrupted_work_goes_on_to_the_same_result(
     detector: nn.Module, discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import featxfer.trainer as trainer
+    import featxfer.training.trainer as trainer
     import featxfer_integrations.boxes as boxes
 
     monkeypatch.setattr(boxes, "PART_ROWS", 4)

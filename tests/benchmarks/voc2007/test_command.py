@@ -212,7 +212,7 @@ def test_a_second_run_computes_nothing(
     first = invoke([*arguments, "--no-figures", "--json"])
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
     monkeypatch.setattr(run_module, "train_svms", None)
-    monkeypatch.setattr("featxfer.trainer.PseudoLabelTrainer.fit", None)
+    monkeypatch.setattr("featxfer.training.trainer.PseudoLabelTrainer.fit", None)
     again = invoke([*arguments, "--no-figures", "--json"])
     assert again.exit_code == 0, again.output
     one, two = (json.loads(result.stdout) for result in (first, again))
@@ -227,8 +227,8 @@ def test_interrupted_and_resumed(
     """Ctrl-C in each stage, then the same command: the figures of a run that nothing disturbed."""
     whole = json.loads(invoke([*arguments, "--no-figures", "--json"]).stdout)
     target = {
-        "features": "featxfer.forward.Forward.__call__",
-        "heads": "featxfer.trainer.PseudoLabelTrainer._epoch",
+        "features": "featxfer.features.forward.Forward.__call__",
+        "heads": "featxfer.training.trainer.PseudoLabelTrainer._epoch",
         "svms": "benchmarks.voc2007.run.average_precisions",
     }[stage]
     calls: list[int] = []
@@ -348,7 +348,7 @@ def test_a_full_disk_is_told_and_the_rerun_succeeds(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("featxfer._files.os.fsync", full)
+        patch.setattr("featxfer.files.os.fsync", full)
         message = refuse([*arguments, "--no-figures"])
     assert "No space left on device" in message
     assert "bytes needed" in message

@@ -1,0 +1,1 @@
+"""Figures: average precision, SVMs, pairs of views, the VOC devkit."""

@@ -1,0 +1,1 @@
+"""How modules are trained: recipes, objectives, pseudo-labels, checkpoints."""

@@ -1,0 +1,1 @@
+"""Images, and the HR and LR views that are made of them."""

@@ -28,9 +28,7 @@ def main(
 ) -> None:
     """TRAIN and TEST: a folder of images, or DEVKIT:split."""
     model, view = load_model(backbone, weights), Degradation(lr_size=lr_size)
-    fit_transfer(
-        model, open_photos(train), degradation=view, depth="pooled", seed=seed, cache=cache
-    )
+    fit_transfer(model, open_photos(train), degradation=view, site="head", seed=seed, cache=cache)
 
     prepare = backbone_of(model).preprocessing
     pairs = Pairs(open_photos(test), view)

@@ -43,9 +43,9 @@ def main(train: str, test: str, lr_size: int, cache: str) -> None:
     model, view, prepare = SmallNet().eval(), Degradation(lr_size=lr_size), Preprocessing()
     pairs = Pairs(open_photos(test), view)
     hr, lr = run(model.body, pairs, prepare)
-    attach_transfer(model, where="body")
+    attach_transfer(model, site="body")
     print(f"untrained, features unchanged: {run(model.body, pairs, prepare)[1].equal(lr)}")
-    fit_transfer(model, open_photos(train), degradation=view, where="body", cache=cache)
+    fit_transfer(model, open_photos(train), degradation=view, site="body", cache=cache)
     hr_after, lr_after = run(model.body, pairs, prepare)
     for name, rows in {"LR, before": lr, "LR, after": lr_after, "HR, after": hr_after}.items():
         print(f"{name}: cosine to the HR feature {cosine_similarity(rows, hr).mean():.4f}")

@@ -25,12 +25,12 @@ MODELS = click.Choice(list_models(module=detection))
 @click.argument("test")
 @click.option("--detector", type=MODELS, default="fasterrcnn_mobilenet_v3_large_fpn")
 @click.option("--factor", default=4.0, help="How many times smaller LR images are.")
-@click.option("--depth", default="auto", help="deep: blocks; pooled: heads; auto: as time allows.")
+@click.option("--site", default="backbone", help="backbone: blocks; boxes: heads, sooner trained.")
 @click.option("--cache", type=Path, default=Path("cache"), envvar="FEATXFER_CACHE")
-def main(train: str, test: str, detector: str, factor: float, depth: str, cache: Path) -> None:
+def main(train: str, test: str, detector: str, factor: float, site: str, cache: Path) -> None:
     """TRAIN and TEST: folders of images, or DEVKIT:split; no boxes are known."""
     model, view = get_model(detector, weights="DEFAULT").eval(), ScaledDegradation(factor)
-    fit_transfer(model, open_photos(train), degradation=view, depth=depth, cache=cache)
+    fit_transfer(model, open_photos(train), degradation=view, site=site, cache=cache)
     images = open_photos(test)
     with transfer_disabled(model):
         hr, before = detect(model, images, view.hr), detect(model, images, view.lr)

@@ -32,7 +32,7 @@ def main(train: str, test: str, backbone: str, weights: str, lr_size: int, cache
     frozen, images = load_backbone(backbone, weights), open_photos(test, classes=True)
     view = Degradation(lr_size=lr_size)
     before = extract_features(frozen, images, view, cache / "features")
-    fit_transfer(frozen.module, open_photos(train), degradation=view, depth="pooled", cache=cache)
+    fit_transfer(frozen.module, open_photos(train), degradation=view, site="head", cache=cache)
     after = extract_features(frozen, images, view, cache / "features")
 
     classes = np.array([-1 if c is None else c for c in images.targets or ()])

@@ -32,7 +32,7 @@ def main(train: str, test: str, out: str, backbone: str, weights: str, lr_size: 
     fitted, tested = (Pairs(open_photos(photos), view) for photos in (train, test))
     model, prepare = attach_transfer(copy.deepcopy(plain.module)), plain.preprocessing
     their_loop(model, plain.module, fitted, prepare)
-    head = model.get_submodule("feature_transfer.pooled")
+    head = model.get_submodule("feature_transfer.head")
     assert isinstance(head, FeatureTransferHead)
     head.card = Card(plain.name, plain.weights_sha256, (view,))
     head.save_pretrained(out)

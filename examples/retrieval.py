@@ -36,7 +36,7 @@ def main(
     before = extract_features(frozen, images, degradation, cache / "features")
     photos = open_photos(train)
     fit_transfer(
-        frozen.module, photos, degradation=degradation, depth="pooled", seed=seed, cache=cache
+        frozen.module, photos, degradation=degradation, site="head", seed=seed, cache=cache
     )
     after = extract_features(frozen, images, degradation, cache / "features")
 

@@ -43,9 +43,7 @@ def main(images: Path, out: Path, backbone: str, weights: str, clusters: int, ca
 
     head.set_input_statistics(lr)
     log = fit_head(head, hr, lr, clustering, labels="nearest", seed=0)
-    print(
-        f"loss {log[0].loss:.2f} -> {log[-1].loss:.2f}, labels {log[-1].label_accuracy:.0%} right"
-    )
+    print(f"loss {log[0].loss:.2f} -> {log[-1].loss:.2f}, labels {log[-1].match_rate:.0%} right")
 
     details = {"labels": "nearest", "seed": 0, "agreement": agreement}
     save_head(head, out, Card(frozen.name, frozen.weights_sha256, (degradation,), details))

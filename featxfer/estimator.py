@@ -20,9 +20,9 @@ from torch import Tensor
 
 from featxfer.checks import check_integer
 from featxfer.modules.head import FeatureTransferHead
+from featxfer.training.heads import fit_features_head
 from featxfer.training.pseudo_labels import Clustering, count_distinct, kmeans
 from featxfer.training.recipe import Recipe
-from featxfer.training.trainer import fit_features_head
 
 Rows = npt.NDArray[np.float32]
 

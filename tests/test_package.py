@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +16,10 @@ import pytest
 import featxfer
 import featxfer_integrations
 
-HEAVY = ("timm", "torchvision", "faiss", "sklearn", "matplotlib")
+HEAVY = (
+    *("timm", "torchvision", "faiss", "sklearn", "scipy", "joblib", "threadpoolctl", "matplotlib"),
+    *("PIL", "huggingface_hub", "torch._dynamo", "click", "defusedxml"),
+)
 CORE = Path(featxfer.__file__).parent
 INTEGRATIONS = Path(featxfer_integrations.__file__).parent
 
@@ -28,7 +33,15 @@ def heavy_modules_after(statement: str) -> list[str]:
     return run.stdout.split()
 
 
-def test_importing_the_core_loads_nothing_heavy() -> None:
+def test_no_public_name_of_the_core_loads_anything_heavy() -> None:
+    """Name by name in one process, so that the first that loads something is named."""
+    code = f"""
+        import sys, featxfer
+        for name in featxfer.__all__:
+            getattr(featxfer, name)
+            loaded = [m for m in {HEAVY!r} if m in sys.modules]
+            assert not loaded, (name, loaded)"""
+    assert heavy_modules_after(textwrap.dedent(code)) == []
     assert heavy_modules_after("from featxfer import *") == []
 
 
@@ -64,7 +77,7 @@ def test_public_names_are_there_and_others_are_not(package: ModuleType) -> None:
         _ = package.nothing
 
 
-@pytest.mark.parametrize("module", ["sklearn", "torchvision"])
+@pytest.mark.parametrize("module", ["sklearn", "torchvision", "PIL"])
 def test_the_light_import_test_can_fail(module: str) -> None:
     assert module in heavy_modules_after(f"from featxfer import *; import {module}")
 
@@ -84,6 +97,43 @@ def test_the_integrations_import_no_user_of_them() -> None:
     paths = list(INTEGRATIONS.rglob("*.py"))
     assert len(paths) > 4
     assert [path.name for path in paths if banned.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize("package", [CORE, INTEGRATIONS])
+def test_files_and_functions_are_short(package: Path) -> None:
+    """No file over 350 lines, no function over 60."""
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 60, (path, node.name, lines)
+
+
+def private_imports(path: Path) -> list[str]:
+    """Names with an underscore that a file imports from one of the packages, but for its own."""
+    others = {package.name for package in (CORE, INTEGRATIONS) if package not in path.parents}
+    return [
+        f"{path.name}: {node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if node.module.split(".")[0] in others
+        and re.search(r"(^|\.)_(?!_)", f"{node.module}.{alias.name}")
+    ]
+
+
+def test_no_private_names_across_packages(tmp_path: Path) -> None:
+    folders = [INTEGRATIONS, *(CORE.parent / name for name in ("benchmarks", "examples"))]
+    paths = [path for folder in folders for path in folder.rglob("*.py")]
+    assert len(paths) > 20
+    assert [name for path in paths for name in private_imports(path)] == []
+    (tmp_path / "a.py").write_text("from featxfer.checks import _x, y\nfrom featxfer._b import c")
+    assert private_imports(tmp_path / "a.py") == [
+        "a.py: featxfer.checks._x",
+        "a.py: featxfer._b.c",
+    ]
 
 
 def test_no_pickle_in_the_packages() -> None:

@@ -22,12 +22,11 @@ import torchvision.models
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.shell import told_errors
-from benchmarks.versions import versions
-from featxfer import FeatureTransferHead
+from benchmarks.common.fit import head_of
+from benchmarks.common.shell import told_errors
+from benchmarks.common.versions import versions
 from featxfer.files import write_atomic
-from featxfer_integrations import AttachError, attach_transfer, detach_transfer, transfers_of
-from featxfer_integrations.attach import probe_image
+from featxfer_integrations import AttachError, attach_transfer, detach_transfer, host_of
 
 ATTACHED, NOT_RUN, REFUSED = "attached", "attached, not run", "refused"
 
@@ -88,12 +87,10 @@ def _make(make: Any, name: str) -> nn.Module:
 
 
 def _run(model: Any) -> str:
-    head = transfers_of(model)["pooled"]
-    if not isinstance(head, FeatureTransferHead):
-        raise AssertionError(f"got a {type(head).__name__}")
+    head = head_of(model)
     calls: list[int] = []
     head.register_forward_hook(lambda *_: calls.append(1))
-    images = probe_image(model).expand(2, -1, -1, -1)
+    images = host_of(model).image(model).expand(2, -1, -1, -1)
     try:
         with torch.no_grad():
             model(images)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
-from benchmarks.versions import versions
-from featxfer import EpochLog, Images, PseudoLabelTrainer, Recipe
+from benchmarks.common.memo import hash_key
+from benchmarks.common.versions import versions
+from featxfer import BLOCK_RECIPE, EpochLog, Images, PseudoLabelTrainer, Recipe
 from featxfer.evaluation.voc import ObjectBoxes
 from featxfer.features.forward import bf16_is_fast
 from featxfer.files import write_atomic
@@ -36,14 +35,7 @@ SHORT_SIDE = 240
 
 ANCHORS = ((16, 24), (32, 48), (64, 96))
 
-TRAINING = Recipe(
-    epochs=16,
-    batch_size=4,
-    learning_rate=4e-4,
-    weight_decay=0.05,
-    optimizer="adamw",
-    schedule="one-cycle",
-)
+TRAINING = replace(BLOCK_RECIPE, epochs=16, batch_size=4, learning_rate=4e-4)
 
 
 class LitePyramid(nn.Module):
@@ -206,8 +198,7 @@ def trained(
     known = [[part.boxes.tolist(), part.labels.tolist()] for part in objects]
     shape = [STAGES, CHANNELS, SHORT_SIDE, ANCHORS]
     said = [kind, images.fingerprint, known, list(classes), weights, shape, recipe.to_dict()]
-    key = json.dumps([*said, versions()])
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    name = hash_key({"trained": said, "versions": versions()})
     path = cache / "detectors" / f"{kind}-{name}.safetensors"
     if not path.is_file():
         trainer = PseudoLabelTrainer(_Losses(model), recipe, objective=_AsItIs())

@@ -6,36 +6,34 @@ import copy
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from benchmarks.memo import hash_key
-from benchmarks.versions import versions
-from featxfer import BaseDegradation, FeatureTransferHead, Images, assign, fit_features_head, kmeans
-from featxfer.training.trainer import warm_start_head
+from benchmarks.common.fit import Fit
+from benchmarks.common.memo import hash_key
+from benchmarks.common.method import Method
+from benchmarks.common.ridge import warm_start_head
+from benchmarks.common.versions import versions
+from benchmarks.gap.controls import train_head
+from featxfer import BaseDegradation, Clustering, FeatureTransferHead, Images, assign, kmeans
+from featxfer.checks import variance_of
+from featxfer.training.objectives import make_objective
 from featxfer_integrations import (
+    FitOptions,
     attach_transfer,
-    fit_transfer,
+    host_of,
     load_transfers,
     save_transfers,
     transfers_of,
 )
-from featxfer_integrations.attach import find_places
-from featxfer_integrations.boxes import (
-    DRAW,
-    MOST_ROWS,
-    OBJECT,
-    PER_IMAGE,
-    Sampler,
-    detector_key,
-    fill_box_stores,
-)
-from featxfer_integrations.detector_blocks import BOXES, DETECTOR_RECIPE, HR_SHARE, PROBE
-from featxfer_integrations.fit_detector import BOX_RECIPE
+from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.stages.boxes import BOX_RECIPE, MOST_ROWS, BoxFeatures
+from featxfer_integrations.stages.pyramid import DETECTOR_RECIPE
 
 
 @dataclass(frozen=True)
@@ -56,143 +54,134 @@ class Setting:
     cache: Path
     seed: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """What the outcome of a method hangs on, as JSON types."""
-        return {
-            "detector": detector_key(self.detector),
-            "images": self.images.fingerprint,
-            "view": self.view.to_dict(),
-            "seed": self.seed,
-            "recipes": [BOX_RECIPE.to_dict(), DETECTOR_RECIPE.to_dict()],
-            "boxes": [DRAW, PER_IMAGE, MOST_ROWS, OBJECT],
-            "blocks": [BOXES, HR_SHARE, PROBE],
-        }
-
-    def fitted(self, model: nn.Module | None = None, **options: Any) -> nn.Module:
-        """A copy of the detector, or `model` itself, with what `fit_transfer` trains at it."""
+    def fit(
+        self,
+        site: str | list[str] | None,
+        *,
+        model: nn.Module | None = None,
+        branch: str | None = None,
+        **options: Any,
+    ) -> Fit:
+        """A fit of a copy of the detector, or of `model` itself, with these `FitOptions`."""
         model = copy.deepcopy(self.detector) if model is None else model
-        fit_transfer(
-            model,
-            self.images,
-            degradation=self.view,
-            cache=self.cache,
-            seed=self.seed,
-            **options,
-        )
-        return model
+        if branch is not None:
+            attach_transfer(model, branch=branch)
+        chosen = FitOptions(**options)
+        arguments = {"degradation": self.view, "site": site, "options": chosen, "seed": self.seed}
+        return Fit(model, self.images, self.cache, arguments)
 
 
-def identity(setting: Setting) -> nn.Module:
-    """Heads that have not been trained."""
-    return attach_transfer(copy.deepcopy(setting.detector))
+DetectionMethod = Method[[Setting], nn.Module]
+"""From a setting to a detector."""
+
+
+def fitted(label: str, site: str | list[str] | None, **given: Any) -> DetectionMethod:
+    """What `fit_transfer` trains at a site; other arguments as of `Setting.fit`."""
+
+    def run(setting: Setting) -> nn.Module:
+        fit = setting.fit(site, **given)
+        fit.run()
+        return fit.model
+
+    return Method((label,), run, choices=lambda setting: setting.fit(site, **given).key)
 
 
 def blocks_alone(setting: Setting) -> nn.Module:
     """Blocks in the backbone; the cache keeps them, for what comes after them."""
-    key = {**setting.to_dict(), "where": "backbone", "versions": versions()}
-    folder = setting.cache / "detection" / "transfers" / hash_key(key)
+    fit = setting.fit("backbone")
+    key = hash_key({"fit": fit.key, "versions": versions()})
+    folder = setting.cache / "detection" / "transfers" / key
     if folder.is_dir():
-        return load_transfers(copy.deepcopy(setting.detector), folder)
-    model = setting.fitted(where="backbone")
+        return load_transfers(fit.model, folder)
+    fit.run()
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    save_transfers(model, unfinished)
+    save_transfers(fit.model, unfinished)
     unfinished.rename(folder)
-    return model
+    return fit.model
 
 
 def blocks_and_heads(setting: Setting) -> nn.Module:
     """Those blocks, and heads on what comes through them."""
-    return setting.fitted(blocks_alone(setting), where="boxes")
+    fit = setting.fit("boxes", model=blocks_alone(setting))
+    fit.run()
+    return fit.model
 
 
-def both_branches(setting: Setting) -> nn.Module:
-    """Heads on the class and the box branch."""
-    return setting.fitted(attach_transfer(copy.deepcopy(setting.detector), branch="both"))
-
-
-def ridge(setting: Setting) -> nn.Module:
+def ridge(head: FeatureTransferHead, hr: Tensor, lr: Tensor, _: Clustering, seed: int) -> None:
     """In the heads' place: ridge regression of HR features of boxes on LR ones, of full rank."""
-
-    def fit(head: FeatureTransferHead, hr: torch.Tensor, lr: torch.Tensor) -> None:
-        inputs, targets = torch.cat([lr, hr]), torch.cat([hr, hr])
-        head.set_input_statistics(inputs)
-        warm_start_head(head, inputs, targets)
-
-    return _by_hand(setting, 2, fit)
+    inputs, targets = torch.cat([lr, hr]), torch.cat([hr, hr])
+    head.set_input_statistics(inputs)
+    warm_start_head(head, inputs, targets)
 
 
-def nearest(setting: Setting) -> nn.Module:
-    """Heads trained on the paper's labels: the centroid that is nearest to the LR feature."""
-
-    def fit(head: FeatureTransferHead, hr: torch.Tensor, lr: torch.Tensor) -> None:
-        k = min(100, max(1, len(hr) // 10))
-        clustering = kmeans(nn.functional.normalize(hr, dim=1), k, seed=setting.seed)
-        labels = assign(nn.functional.normalize(lr, dim=1), clustering.centroids)
-        targets = clustering.centroids[labels]
-        fit_features_head(
-            head,
-            hr,
-            [lr],
-            clustering,
-            targets=[targets],
-            objective="labels",
-            recipe=BOX_RECIPE,
-            seed=setting.seed,
-        )
-
-    return _by_hand(setting, None, fit)
+def nearest(
+    head: FeatureTransferHead, hr: Tensor, lr: Tensor, clustering: Clustering, seed: int
+) -> None:
+    """Trains on the paper's labels: the centroid that is nearest to the LR feature."""
+    centroids = clustering.centroids
+    targets = centroids[assign(normalize(lr, dim=1), centroids)]
+    objective = make_objective("labels", centroids, variance_of("hr", hr))
+    rows = torch.cat([lr, hr]), torch.cat([targets, hr])
+    train_head(head, rows, centroids, objective, recipe=BOX_RECIPE, seed=seed)
 
 
 def _by_hand(
-    setting: Setting,
-    times: int | None,
-    fit: Callable[[FeatureTransferHead, torch.Tensor, torch.Tensor], None],
-) -> nn.Module:
-    """Heads that `fit` trains on the features of boxes, `times` as wide inside as the feature."""
-    model = copy.deepcopy(setting.detector)
-    places = find_places(model, where="boxes")
-    sampler = Sampler(model, places, seed=setting.seed)
-    folder = setting.cache / "boxes"
-    stores = fill_box_stores(sampler, setting.images, [setting.view], folder)
-    everything = torch.arange(len(setting.images))
-    for place in places:
-        (hr, lr), _ = stores[place.name].read(everything, MOST_ROWS, setting.seed)
-        hidden = None if times is None else times * hr.shape[1]
-        k = min(100, max(1, len(hr) // 10))
-        head = FeatureTransferHead(hr.shape[1], k, hidden, seed=setting.seed)
-        fit(head, hr, lr)
-        attach_transfer(model, head, where=place.name)
-    transfers_of(model).eval()
-    return model
+    label: str,
+    train: Callable[[FeatureTransferHead, Tensor, Tensor, Clustering, int], None],
+    times: int | None = None,
+) -> DetectionMethod:
+    """Heads that `train` trains on the features of boxes, `times` as wide inside as these."""
+
+    def run(setting: Setting) -> nn.Module:
+        model, host = copy.deepcopy(setting.detector), host_of(setting.detector)
+        sites = find_sites(host, model, "boxes")
+        boxes = BoxFeatures(
+            host,
+            setting.detector,
+            sites,
+            setting.images,
+            [setting.view],
+            seed=setting.seed,
+            cache=setting.cache / "boxes",
+        )
+        boxes.fill()
+        for site in sites:
+            (hr, lr), _ = boxes.read(site, torch.arange(len(setting.images)), MOST_ROWS)
+            hidden = None if times is None else times * hr.shape[1]
+            k = min(100, max(1, len(hr) // 10))
+            clustering = kmeans(normalize(hr, dim=1), k, seed=setting.seed)
+            head = FeatureTransferHead(hr.shape[1], k, hidden, seed=setting.seed)
+            train(head, hr, lr, clustering, setting.seed)
+            attach_transfer(model, head, site=site.asked)
+        transfers_of(model).eval()
+        return model
+
+    return Method((label,), run, choices=lambda setting: setting.fit("boxes").key)
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row.
-
-    Args:
-        label: of the row.
-        run: from a setting to a detector.
-        seeded: whether the seed changes it.
-        choices: what it hangs on besides its label and setting, as JSON types.
-    """
-
-    label: str
-    run: Callable[[Setting], nn.Module]
-    seeded: bool = True
-    choices: Mapping[str, Any] = field(default_factory=dict)
-
-
-METHODS: Mapping[str, Method] = {
-    "identity": Method("heads, untrained", identity, seeded=False),
-    "ridge": Method("ridge regression of boxes' features", ridge),
-    "nearest": Method("heads: the paper's nearest labels", nearest),
-    "boxes": Method("heads: class branch", lambda s: s.fitted(where="boxes")),
-    "both": Method("heads: class and box branch", both_branches),
-    "fpn": Method("blocks on the pyramid", lambda s: s.fitted(where="fpn")),
-    "all": Method("blocks in the backbone, heads", blocks_and_heads),
-    "backbone": Method("blocks in the backbone", blocks_alone),
+METHODS: Mapping[str, DetectionMethod] = {
+    "identity": Method(
+        ("heads, untrained",),
+        lambda setting: attach_transfer(copy.deepcopy(setting.detector)),
+        seeded=False,
+        choices=lambda setting: setting.fit("boxes").key,
+    ),
+    "ridge": _by_hand("ridge regression of boxes' features", ridge, times=2),
+    "nearest": _by_hand("heads: the paper's nearest labels", nearest),
+    "boxes": fitted("heads: class branch", "boxes"),
+    "both": fitted("heads: class and box branch", None, branch="both"),
+    "fpn": fitted("blocks on the pyramid", "fpn"),
+    "all": Method(
+        ("blocks in the backbone, heads",),
+        blocks_and_heads,
+        choices=lambda setting: [setting.fit(site).key for site in ("backbone", "boxes")],
+    ),
+    "backbone": Method(
+        ("blocks in the backbone",),
+        blocks_alone,
+        choices=lambda setting: setting.fit("backbone").key,
+    ),
 }
 """Methods by the name that `--methods` takes."""
 
@@ -204,7 +193,7 @@ def _blocks(
     epochs: float = 1,
     rate: float = 1,
     objective: str | None = None,
-) -> Method:
+) -> DetectionMethod:
     """Blocks after stages, trained at times the usual number of epochs and rate.
 
     An objective is of boxes: `fit_transfer` refuses one for a detector that proposes none.
@@ -214,26 +203,17 @@ def _blocks(
         epochs=round(epochs * DETECTOR_RECIPE.epochs),
         learning_rate=rate * DETECTOR_RECIPE.learning_rate,
     )
-
-    def run(setting: Setting) -> nn.Module:
-        places = [f"stage{stage}" for stage in stages]
-        return setting.fitted(at=places, block_recipe=recipe, objective=objective)
-
-    choices = {"stages": stages, "recipe": recipe.to_dict(), "objective": objective or "prototypes"}
-    return Method(label, run, choices=choices)
+    sites = [f"stage{stage}" for stage in stages]
+    return fitted(label, sites, block_recipe=recipe, objective=objective)
 
 
-def _heads(label: str, epochs: float) -> Method:
+def _heads(label: str, epochs: float) -> DetectionMethod:
     """Heads on boxes, trained for times the usual number of epochs."""
     recipe = dataclasses.replace(BOX_RECIPE, epochs=round(epochs * BOX_RECIPE.epochs))
-
-    def run(setting: Setting) -> nn.Module:
-        return setting.fitted(where="boxes", recipe=recipe)
-
-    return Method(label, run, choices={"recipe": recipe.to_dict()})
+    return fitted(label, "boxes", recipe=recipe)
 
 
-TUNING: Mapping[str, Method] = {
+TUNING: Mapping[str, DetectionMethod] = {
     "default": _blocks("blocks after 1/8, 1/16 and 1/32"),
     "all": _blocks("after 1/4, 1/8, 1/16 and 1/32", (1, 2, 3, 4)),
     "early": _blocks("after 1/4 and 1/8", (1, 2)),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from benchmarks.common.plots import new_figure, png
 from benchmarks.detection.judge import Detections, overlaps
-from benchmarks.plots import new_figure, png
 from featxfer.evaluation.voc import ObjectBoxes
 
 if TYPE_CHECKING:

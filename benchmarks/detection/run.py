@@ -14,17 +14,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks.common.markdown import Column, figure, label, to_markdown
+from benchmarks.common.memo import Memo
+from benchmarks.common.versions import versions
 from benchmarks.detection.detectors import TRAINING, trained
 from benchmarks.detection.judge import COLUMNS, Detections, Judge
-from benchmarks.detection.methods import Method, Setting
+from benchmarks.detection.methods import DetectionMethod, Setting
 from benchmarks.detection.pictures import side_by_side
-from benchmarks.markdown import markdown_table
-from benchmarks.memo import Memo
-from benchmarks.versions import versions
 from featxfer import BaseDegradation, ScaledDegradation, VOCDevkit
-from featxfer_integrations.boxes import detector_key
-from featxfer_integrations.detector_blocks import DETECTOR_RECIPE
-from featxfer_integrations.fit_detector import BOX_RECIPE
+from featxfer.features.backbone import describe_module, sha256_of, weights_sha256
+from featxfer_integrations.stages.boxes import BOX_RECIPE
+from featxfer_integrations.stages.pyramid import DETECTOR_RECIPE
 
 RESAMPLES = 200
 """Of the test images, for the intervals."""
@@ -34,11 +34,9 @@ BATCH = 4
 CURVE = (2, 4, 8, 12, 16, 24, 32)
 """How many times smaller images are of which the plain detector's AP is told."""
 
-HEADINGS = (*COLUMNS, "VOC AP50", "gap in AP, %", "95%", "HR loses, AP")
-
 
 @dataclass(frozen=True)
-class Study:
+class DetectionStudy:
     """A detector, images and a judge.
 
     Args:
@@ -75,6 +73,11 @@ class Study:
             )
 
     @cached_property
+    def weights_sha256(self) -> str:
+        """Of the detector, its layers and settings."""
+        return sha256_of([describe_module(self.detector), weights_sha256(self.detector)])
+
+    @cached_property
     def judge(self) -> Judge:
         """Of the test images."""
         return Judge(self.devkit.boxes(self.test), self.devkit.classes)
@@ -97,13 +100,15 @@ class Study:
                 found.append(detections.to_lists())
         return found
 
-    def row(self, method: Method | None, view: BaseDegradation | None, seed: int) -> dict[str, Any]:
+    def row(
+        self, method: DetectionMethod | None, view: BaseDegradation | None, seed: int
+    ) -> dict[str, Any]:
         """Detections of a method on LR images and on HR ones; of the plain detector for None."""
         memo = Memo(self.cache / "detection")
         judged = self.devkit.images(self.test).fingerprint
         if method is None or view is None:
             seen = None if view is None else view.to_dict()
-            key = {"detector": detector_key(self.detector), "view": seen, "judged": judged}
+            key = {"detector": self.weights_sha256, "view": seen, "judged": judged}
             return memo.get(key, lambda: {"lr": self.detect(self.detector, view)})
         images = self.devkit.images(self.train)
         setting = Setting(self.detector, images, view, self.cache, seed)
@@ -112,12 +117,12 @@ class Study:
             model = method.run(setting)
             return {"lr": self.detect(model, view), "hr": self.detect(model, None)}
 
-        key = {**setting.to_dict(), "method": method.label, **method.choices, "judged": judged}
+        key = {"method": method.label, "fit": method.choices(setting), "judged": judged}
         return memo.get(key, compute)
 
 
 def run(
-    study: Study, methods: Sequence[Method], factors: Sequence[float], seeds: int
+    study: DetectionStudy, methods: Sequence[DetectionMethod], factors: Sequence[float], seeds: int
 ) -> dict[str, Any]:
     """All tables, a factor each."""
     plain = study.row(None, None, 0)["lr"]
@@ -128,7 +133,7 @@ def run(
         lr = Evaluation(study.judge, [study.row(None, view, 0)["lr"]], [])
         table = {"HR": hr.row(hr, lr), "LR": lr.row(hr, lr)}
         for method in methods:
-            rows = [study.row(method, view, seed) for seed in range(seeds if method.seeded else 1)]
+            rows = [study.row(method, view, seed) for seed in method.seeds(seeds)]
             evaluation = Evaluation(
                 study.judge, [row["lr"] for row in rows], [row["hr"] for row in rows]
             )
@@ -162,7 +167,7 @@ def run(
     }
 
 
-def picture(study: Study, method: Method, factor: float, count: int = 3) -> bytes:
+def picture(study: DetectionStudy, method: DetectionMethod, factor: float, count: int = 3) -> bytes:
     """The first test images as HR, LR and LR with a method of seed 0, and what is found; a PNG."""
     view, images = ScaledDegradation(factor), study.devkit.images(study.test)
     seen = {
@@ -247,27 +252,31 @@ class Evaluation:
         return found
 
 
-def to_markdown(results: Mapping[str, Any]) -> str:
+def summary(results: Mapping[str, Any]) -> str:
     """The plain detector over resolutions, and a table a factor."""
-    curve = results["curve"]
-    resolutions = [
-        [name, *(_number(figures[name]) for figures in curve.values())] for name in ("AP", "AP50")
+    curve = results["curve"].items()
+    by_factor: list[Column[str]] = [
+        (factor, lambda name, found=found: _number(found[name]))  # type: ignore[misc]
+        for factor, found in curve
     ]
-    parts = [markdown_table(list(curve), resolutions, corner="times smaller")]
+    parts = [to_markdown(("AP", "AP50"), [("times smaller", str), *by_factor])]
+    columns = [
+        label(),
+        *(figure(name, _number, name) for name in (*COLUMNS, "VOC AP50")),
+        figure("gap in AP, %", _number, "gap"),
+        ("95%", lambda row: _interval(row[1])),
+        figure("HR loses, AP", _number, "HR loses"),
+    ]
     for factor, table in results["tables"].items():
-        rows = ([label, *_cells(figures)] for label, figures in table.items())
         heading = f"LR: {factor} times smaller, and back:\n\n"
-        parts.append(heading + markdown_table(HEADINGS, rows))
+        parts.append(heading + to_markdown(table.items(), columns))
     return "\n".join(parts)
 
 
-def _cells(figures: Mapping[str, Any]) -> list[str]:
-    """Under `HEADINGS`."""
-    interval = ""
-    if "gap low" in figures:
-        interval = f"{figures['gap low']:.0f} to {figures['gap high']:.0f}"
-    known = [_number(figures.get(name)) for name in (*COLUMNS, "VOC AP50", "gap")]
-    return [*known, interval, _number(figures.get("HR loses"))]
+def _interval(figures: Mapping[str, Any]) -> str:
+    if "gap low" not in figures:
+        return ""
+    return f"{figures['gap low']:.0f} to {figures['gap high']:.0f}"
 
 
 def _number(value: float | None) -> str:

@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.gap.study import Study
+from benchmarks.common.study import Study
 from featxfer import Degradation, fill_stores
-from featxfer_integrations import transfers_of
-from featxfer_integrations._attach import Place, is_attached
-from featxfer_integrations.attach import find_place, host_of
-from featxfer_integrations.deep import MapAt, extract_maps, features_of, maps_backbone, open_rest
-from featxfer_integrations.fit import host_backbone
+from featxfer.features.forward import bf16_is_fast
+from featxfer_integrations import host_of, transfers_of
+from featxfer_integrations.hosts.base import black_image
+from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.mechanism.attach import attached_sites, host_device
+from featxfer_integrations.mechanism.backbone import backbone_at
+from featxfer_integrations.mechanism.shown import ShownAt
+from featxfer_integrations.mechanism.suffix import Suffix
+from featxfer_integrations.stages.maps import extract_maps, shown_of
 
 SHIFTS = ((8, 0), (-8, 0), (0, 8), (0, -8))
 """Right and down, pixels of the model's input: about one pixel of a 32-pixel image at 224."""
@@ -41,52 +45,56 @@ class Through:
         return (self.lr + self.lr_flipped) / 2
 
 
-class _Moved(MapAt):
-    """The maps of images that are moved by whole pixels; their edges are repeated."""
+@dataclass(frozen=True)
+class MovedDegradation(Degradation):
+    """LR views that are moved by whole pixels of the model's input; their edges are repeated.
 
-    def __init__(self, model: nn.Module, place: Place, right: int, down: int) -> None:
-        super().__init__(model, place)
-        self.right, self.down = right, down
+    Args:
+        right, down: by how many.
+    """
 
-    def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        reach = max(abs(self.right), abs(self.down))
-        wide = F.pad(images, [reach] * 4, mode="replicate")
-        top, left = reach - self.down, reach - self.right
-        return super().forward(wide[..., top : top + height, left : left + width])
+    right: int = 0
+    down: int = 0
+
+    def lr(self, image: Tensor) -> Tensor:
+        """The moved view, uint8 `(3, hr_size, hr_size)`."""
+        return moved(super().lr(image), self.right, self.down)
+
+
+def moved(image: Tensor, right: int, down: int) -> Tensor:
+    """An image `(3, h, w)`, moved; its edges are repeated."""
+    height, width = image.shape[-2:]
+    reach = max(abs(right), abs(down))
+    wide = F.pad(image[None].float(), [reach] * 4, mode="replicate")[0].to(image.dtype)
+    top, left = reach - down, reach - right
+    return wide[..., top : top + height, left : left + width]
 
 
 def through_blocks(
     study: Study, model: nn.Module, split: str, view: Degradation, *, shifts: bool = False
 ) -> Through:
     """Through the attached blocks; a head that is attached is left out."""
-    pooled = find_place(study.model)
-    transfers = transfers_of(model) if is_attached(model) else None
-    places = [] if transfers is None else [p for n, p in transfers.places.items() if n != "pooled"]
-    host = host_of(study.model)
-    assert host is not None
-    stage = places[0] if places else find_place(study.model, at=host.deep_modules(study.model)[0])
-    rest, shape = open_rest(study.model, stage, pooled, study.resize.hr_size)
-    backbone = maps_backbone(host_backbone(study.model, pooled), study.model, stage)
-    images, cache, precision = study.images(split), study.cache / "maps", rest.precision
-    maps = extract_maps(backbone, images, [view], cache, shape, precision=precision)
-    moved = []
+    plain, host = study.model, host_of(study.model)
+    image = black_image(plain, study.resize.hr_size, study.resize.hr_size)
+    (head,) = find_sites(host, plain, "head", image=image)
+    blocks = [site for site in attached_sites(model) if site.is_block]
+    first = (blocks or find_sites(host, plain, "blocks", image=image))[0]
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
+    precision = "bf16" if bf16_is_fast(host_device(plain)) else "fp32"
+    suffix = Suffix(plain, first, ShownAt([head]), noise, precision)
+    backbone = backbone_at(host, plain, first, host.preprocessing(plain), flat=True)
+    images, cache = study.images(split), study.cache / "maps"
+    maps = extract_maps(backbone, images, [view], cache, suffix.shape, precision=precision)
+    lr = list(maps.lr[0])
     for right, down in SHIFTS if shifts else ():
-        named = dataclasses.replace(
-            backbone,
-            module=_Moved(study.model, stage, right, down),
-            name=f"{backbone.name}, images moved by {right}, {down}",
-        )
-        stores = fill_stores(named, images, view, cache, precision=precision, views=["lr"])
-        moved.append(stores["lr"].open_rows())
-    for place in places:
-        assert transfers is not None
-        rest.attach(place, copy.deepcopy(transfers[place.name]))
-    rest.eval()
-    with torch.no_grad():
-        (lr,), hr = (
-            [[features_of(rest, maps, rows) for rows in pair] for pair in maps.lr],
-            [features_of(rest, maps, rows) for rows in maps.hr],
-        )
-        shifted = tuple(features_of(rest, maps, rows) for rows in moved)
-    return Through(hr[0], hr[1], lr[0], lr[1], shifted)
+        there = MovedDegradation(**dataclasses.asdict(view), right=right, down=down)
+        stores = fill_stores(backbone, images, there, cache, precision=precision, views=["lr"])
+        lr.append(stores["lr"].open_rows())
+    for site in blocks:
+        suffix.attach(site, copy.deepcopy(transfers_of(model)[site.name]))
+    suffix.eval()
+    hr, (seen, flipped, *shifted) = (
+        [shown_of(suffix, maps, rows)[head.name] for rows in several]
+        for several in (maps.hr[:2], lr)
+    )
+    return Through(hr[0], hr[1], seen, flipped, tuple(shifted))

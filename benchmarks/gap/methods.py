@@ -4,165 +4,130 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from benchmarks.common.fit import Fit, head_of
+from benchmarks.common.method import Method
+from benchmarks.common.ridge import ridge
+from benchmarks.common.study import Study, Transferred, subset
+from benchmarks.gap.controls import Control, of_pairs, without_pairs
 from benchmarks.gap.features import through_blocks
-from benchmarks.gap.study import Rows, Study, small, subset
-from benchmarks.voc2007.methods import ridge
+from benchmarks.gap.unpaired import UNPAIRED
 from featxfer import (
+    FEATURES_RECIPE,
     Degradation,
     FeatureTransferBlock,
     FeatureTransferHead,
     Images,
 )
-from featxfer_integrations import TransferFit, attach_transfer, fit_transfer, transfers_of
-from featxfer_integrations.attach import maps_at
+from featxfer_integrations import FitOptions, TransferFit, attach_transfer, host_of, transfers_of
+from featxfer_integrations.mechanism.attach import attached_sites
 
 Found = dict[str, Any]
+GapMethod = Method[[Study, Degradation, int], list[Found]]
+"""From a study, the LR view and a seed to the figures of each row."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row or several of the table.
-
-    Args:
-        labels: of the rows that it gives.
-        seeded: whether the seed changes them.
-        run: (study, LR views, seed) -> the figures of each row.
-    """
-
-    labels: tuple[str, ...]
-    seeded: bool
-    run: Callable[[Study, Sequence[Degradation], int], list[Found]]
-
-
-def plain(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
+def plain(study: Study, view: Degradation, seed: int) -> list[Found]:
     """HR, LR, and the average of LR features over the image and its mirror image."""
-    train, test = (study.features(split, views[0]) for split in ("trainval", "test"))
+    train, test = (study.features(split, view) for split in ("trainval", "test"))
     rows, tested = (
-        through_blocks(study, study.model, split, views[0]) for split in ("trainval", "test")
+        through_blocks(study, study.model, split, view) for split in ("trainval", "test")
     )
     return [
-        study.judge(Rows(train.hr, test.hr, test.hr)),
-        study.judge(Rows(train.lr, test.lr, test.hr)),
-        study.judge(Rows(rows.averaged, tested.averaged)),
+        study.judge(Transferred(train.hr, test.hr, test.hr)),
+        study.judge(Transferred(train.lr, test.lr, test.hr)),
+        study.judge(Transferred(rows.averaged, tested.averaged)),
     ]
 
 
-def closed_form(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
+def closed_form(study: Study, view: Degradation, seed: int) -> list[Found]:
     """Ridge regression of HR features on LR ones."""
-    train, test = (study.features(split, views[0]) for split in ("trainval", "test"))
+    train, test = (study.features(split, view) for split in ("trainval", "test"))
     start = time.perf_counter()
     mapped, both = ridge((train.lr, torch.cat([test.lr, test.hr])), train.hr)
     lr, hr = both.split(len(test.lr))
-    took = time.perf_counter() - start
-    return [{**study.judge(Rows(mapped, lr, hr)), "seconds": took, "parameters": _square(train.hr)}]
+    took, width = time.perf_counter() - start, train.hr.shape[1]
+    judged = study.judge(Transferred(mapped, lr, hr))
+    return [{**judged, "seconds": took, "parameters": width * (width + 1)}]
 
 
-def _square(rows: Tensor) -> int:
-    return rows.shape[1] * (rows.shape[1] + 1)
-
-
-def pooled(**options: Any) -> Callable[[Study, Sequence[Degradation], int], list[Found]]:
-    """A head after pool5 that `fit_transfer` trains with these options."""
-
-    def run(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
-        return [fit_pooled(study, views, seed, study.images("trainval"), **options)]
-
-    return run
-
-
-def fit_pooled(
-    study: Study, views: Sequence[Degradation], seed: int, images: Images, **options: Any
-) -> Found:
-    """Figures of a head that was trained on these images, judged in the first view."""
-    head, fit = fit_pooled_head(study, views, seed, images, **options)
-    return {**judge_head(study, head, views[0]), **costs([head], fit.log), **report(fit)}
-
-
-def fit_pooled_head(
-    study: Study, views: Sequence[Degradation], seed: int, images: Images, **options: Any
-) -> tuple[FeatureTransferHead, TransferFit]:
-    """A head that `fit_transfer` trained on these images, and its report."""
-    model = study.copy()
-    if options.pop("paper", False):
-        width, k = study.hr[0].shape[1], min(100, len(images) // 3)
-        attach_transfer(model, FeatureTransferHead(width, k, output="clusters"))
-    fit = fit_transfer(
-        model, images, degradation=views, depth="pooled", cache=study.cache, seed=seed, **options
-    )
-    head = transfers_of(model)["pooled"]
-    assert isinstance(head, FeatureTransferHead)
-    return head, fit
-
-
-def judge_head(study: Study, head: FeatureTransferHead, view: Degradation) -> Found:
+def judge_head(
+    study: Study, head: FeatureTransferHead, view: Degradation, fit: TransferFit | Control
+) -> list[Found]:
     """Figures of a head on plain features."""
     train, test = (study.features(split, view) for split in ("trainval", "test"))
     hr = head.transfer(test.hr) if head.output == "features" else None
-    return study.judge(Rows(head.transfer(train.lr), head.transfer(test.lr), hr))
+    judged = study.judge(Transferred(head.transfer(train.lr), head.transfer(test.lr), hr))
+    return [{**judged, **costs([head], fit.log), **report(fit)}]
 
 
-def several(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
-    """Prototypes of 100, 25 and 400 clusters at once; of no more than a third of the images."""
+def fitted(
+    label: str, fit: Callable[[Study, Degradation, int], Fit], *more_labels: str
+) -> GapMethod:
+    """A head, or blocks and a head, that `fit_transfer` trains."""
+
+    def run(study: Study, view: Degradation, seed: int) -> list[Found]:
+        asked = fit(study, view, seed)
+        found = asked.run()
+        if more_labels:
+            return judge_model(study, asked.model, view, found)
+        return judge_head(study, head_of(asked.model), view, found)
+
+    return Method((label, *more_labels), run, choices=lambda *given: fit(*given).key)
+
+
+def head(label: str, **options: Any) -> GapMethod:
+    """A head after pool5 that `fit_transfer` trains with these options."""
+    chosen = FitOptions(**options)
+    return fitted(label, lambda study, view, seed: study.fit([view], seed, options=chosen))
+
+
+def paper(study: Study, view: Degradation, seed: int) -> Fit:
+    """The paper's head."""
+    k = min(100, len(study.images("trainval")) // 3)
+    attached = FeatureTransferHead(study.hr[0].shape[1], k, output="clusters")
+    return study.fit([view], seed, model=attach_transfer(study.copy(), attached))
+
+
+def halves(study: Study, seed: int) -> tuple[Images, Images]:
+    """The trainval images in two halves."""
     images = study.images("trainval")
-    clusters = [min(k, len(images) // 3) for k in (100, 25, 400)]
-    return [fit_pooled(study, views, seed, images, clusters=clusters)]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = len(order) // 2
+    return subset(images, sorted(order[:cut])), subset(images, sorted(order[cut:]))
 
 
-def half(**options: Any) -> Callable[[Study, Sequence[Degradation], int], list[Found]]:
-    """HR images are one half of the images; LR ones, if asked for, the other half."""
+def control(label: str, train: Callable[[Study, Degradation, int], Control]) -> GapMethod:
+    """A head that is trained without `fit_transfer`."""
 
-    def run(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
-        images = study.images("trainval")
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-        cut = len(order) // 2
-        ours, others = subset(images, sorted(order[:cut])), subset(images, sorted(order[cut:]))
-        given = dict(options)
-        if "unpaired" in given:
-            given["lr_images"] = small(others, views[0].lr_size)
-        return [fit_pooled(study, views, seed, ours, **given)]
+    def run(study: Study, view: Degradation, seed: int) -> list[Found]:
+        trained = train(study, view, seed)
+        return judge_head(study, trained.head, view, trained)
 
-    return run
-
-
-def deep(study: Study, views: Sequence[Degradation], seed: int) -> list[Found]:
-    """Blocks alone, with the head on top, and that averaged over flips, and over shifts too."""
-    model = attach_transfer(study.copy())
-    fit = fit_transfer(
-        model,
-        study.images("trainval"),
-        degradation=views,
-        depth="deep",
-        cache=study.cache,
-        seed=seed,
-    )
-    return judge_model(study, model, views[0], fit)
+    return Method((label,), run, choices=lambda *_: FEATURES_RECIPE.to_dict())
 
 
 def judge_model(study: Study, model: nn.Module, view: Degradation, fit: TransferFit) -> list[Found]:
     """Figures of blocks, of all that is attached, and of its averages over flips and shifts."""
-    transfers = transfers_of(model)
-    head = transfers["pooled"]
-    blocks = [module for name, module in transfers.items() if name != "pooled"]
-    assert isinstance(head, FeatureTransferHead)
+    head = head_of(model)
+    blocks = [module for module in transfers_of(model).values() if module is not head]
     train = through_blocks(study, model, "trainval", view)
     test = through_blocks(study, model, "test", view, shifts=True)
     six = [head.transfer(rows) for rows in (test.lr, test.lr_flipped, *test.lr_shifted)]
     found = []
     for rows in (
-        Rows(train.lr, test.lr, test.hr),
-        Rows(head.transfer(train.lr), head.transfer(test.lr), head.transfer(test.hr)),
-        Rows(
+        Transferred(train.lr, test.lr, test.hr),
+        Transferred(head.transfer(train.lr), head.transfer(test.lr), head.transfer(test.hr)),
+        Transferred(
             (head.transfer(train.lr) + head.transfer(train.lr_flipped)) / 2,
             (head.transfer(test.lr) + head.transfer(test.lr_flipped)) / 2,
             (head.transfer(test.hr) + head.transfer(test.hr_flipped)) / 2,
         ),
-        Rows(None, torch.stack(six).mean(0)),
+        Transferred(None, torch.stack(six).mean(0)),
     ):
         found.append(study.judge(rows))
     macs, logs = block_macs(model), (*fit.blocks_log, *fit.log)
@@ -175,12 +140,11 @@ def judge_model(study: Study, model: nn.Module, view: Degradation, fit: Transfer
 
 def block_macs(model: nn.Module) -> Found:
     """Millions of multiply-accumulates of the attached blocks, for one image."""
-    transfers, total = transfers_of(model), 0
-    for name, place in transfers.places.items():
-        block = transfers[name]
-        if isinstance(block, FeatureTransferBlock):
-            side = maps_at(model, place)[2]
-            total += block.macs(side, side)
+    transfers, host, total = transfers_of(model), host_of(model), 0
+    for site in attached_sites(model):
+        block, extent = transfers[site.name], host.measured(model, site).extent
+        if isinstance(block, FeatureTransferBlock) and extent is not None:
+            total += block.macs(*extent)
     return {"block_macs": total / 1e6}
 
 
@@ -192,7 +156,7 @@ def costs(modules: Sequence[Any], log: Sequence[Any]) -> Found:
     }
 
 
-def report(fit: TransferFit) -> Found:
+def report(fit: TransferFit | Control) -> Found:
     """What the fit itself says of all that it trained, without labels."""
     return {
         "self_check": [
@@ -215,28 +179,37 @@ def _share(before: float, after: float) -> float:
     return (after - before) / (1 - before) if before < 1 else 0.0
 
 
-METHODS: Mapping[str, Method] = {
-    "plain": Method(("HR", "LR", "LR, flips averaged"), False, plain),
-    "ridge": Method(("ridge regression",), False, closed_form),
-    "paper": Method(("the paper's head (nearest labels)",), True, pooled(paper=True)),
-    "labels": Method(("head: cross-entropy on paired labels",), True, pooled(objective="labels")),
-    "regression": Method(("head: regression",), True, pooled(objective="regression")),
-    "contrast": Method(("head: instance contrast",), True, pooled(objective="contrast")),
-    "prototypes": Method(("head: prototypes (default)",), True, pooled()),
-    "several": Method(("head: three clusterings",), True, several),
-    "warm": Method(("head: warm start by ridge",), True, pooled(warm_start=True)),
-    "half": Method(("head, half of the images, pairs",), True, half()),
-    "moments": Method(("head, two halves, moments",), True, half(unpaired="moments")),
-    "transport": Method(("head, two halves, transport",), True, half(unpaired="transport")),
-    "deep": Method(
-        (
-            "deep: blocks",
-            "deep: blocks and head",
-            "deep, flips averaged",
-            "deep, flips and shifts averaged",
-        ),
-        True,
-        deep,
+METHODS: Mapping[str, GapMethod] = {
+    "plain": Method(("HR", "LR", "LR, flips averaged"), plain, seeded=False),
+    "ridge": Method(("ridge regression",), closed_form, seeded=False),
+    "paper": fitted("the paper's head (nearest labels)", paper),
+    "labels": head("head: cross-entropy on paired labels", objective="labels"),
+    "regression": head("head: regression", objective="regression"),
+    "contrast": head("head: instance contrast", objective="contrast"),
+    "prototypes": head("head: prototypes (default)"),
+    "several": control(
+        "head: three clusterings", lambda *given: of_pairs(*given, clusters=(100, 25, 400))
+    ),
+    "warm": control("head: warm start by ridge", lambda *given: of_pairs(*given, warm_start=True)),
+    "half": fitted(
+        "head, half of the images, pairs",
+        lambda study, view, seed: study.fit([view], seed, images=halves(study, seed)[0]),
+    ),
+    **{
+        kind: control(
+            f"head, two halves, {kind}",
+            lambda study, view, seed, kind=kind: without_pairs(  # type: ignore[misc]
+                study, view, seed, halves(study, seed), kind
+            ),
+        )
+        for kind in UNPAIRED
+    },
+    "deep": fitted(
+        "deep: blocks",
+        lambda study, view, seed: study.fit([view], seed, ["blocks", "head"]),
+        "deep: blocks and head",
+        "deep, flips averaged",
+        "deep, flips and shifts averaged",
     ),
 }
 """Methods by the name that `--methods` takes."""

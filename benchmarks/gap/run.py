@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.common.study import Study
+from benchmarks.common.versions import versions
 from benchmarks.gap.methods import METHODS
-from benchmarks.gap.study import Study
 from benchmarks.gap.tables import with_gaps
-from benchmarks.versions import versions
 from featxfer import BLOCK_RECIPE, FEATURES_RECIPE, Degradation
 
 SELF_CHECKS = ("cosine_gap", "retrieval_gap", "clusters_gap", "cosine", "retrieval", "clusters")
 
 
-def run(study: Study, methods: Sequence[str], view: Degradation, seeds: int) -> dict[str, Any]:
+def run(study: Study, methods: Iterable[str], view: Degradation, seeds: int) -> dict[str, Any]:
     """All rows of the table, and what of the self-check goes with the gap recovered."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    steps = [
-        (name, seed) for name in methods for seed in range(seeds if METHODS[name].seeded else 1)
-    ]
+    steps = [(name, seed) for name in methods for seed in METHODS[name].seeds(seeds)]
     for name, seed in tqdm(steps, desc="rows", disable=None):
         method = METHODS[name]
-        key: dict[str, Any] = {
+        key = {
             "method": name,
             "seed": seed,
             "view": view.to_dict(),
-            "recipes": [FEATURES_RECIPE.to_dict()],
+            "fit": method.choices(study, view, seed),
         }
-        if name == "deep":
-            key["recipes"].append(BLOCK_RECIPE.to_dict())
-        found = study.figures(key, lambda: {"rows": method.run(study, [view], seed)})["rows"]  # noqa: B023
+        found = study.figures(key, lambda: {"rows": method.run(study, view, seed)})["rows"]  # noqa: B023
         for label, figures in zip(method.labels, found, strict=True):
             rows.setdefault(label, []).append(figures)
     table = with_gaps(rows)
@@ -45,8 +41,8 @@ def run(study: Study, methods: Sequence[str], view: Degradation, seeds: int) -> 
             "hr_size": view.hr_size,
             "seeds": seeds,
             "protocol": study.protocol.name,
-            "solver": "batched",
-            "methods": methods,
+            "solver": study.solver,
+            "methods": list(methods),
             "recipes": {"head": FEATURES_RECIPE.to_dict(), "blocks": BLOCK_RECIPE.to_dict()},
         },
         "images": {split: len(study.images(split)) for split in ("trainval", "test")},

@@ -11,36 +11,28 @@ label-free self-check.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.common.fit import Fit, head_of
+from benchmarks.common.intervals import summarise_runs
+from benchmarks.common.markdown import grid
+from benchmarks.common.method import Method
+from benchmarks.common.results import write_results
+from benchmarks.common.study import Study, with_study
+from benchmarks.common.versions import versions
 from benchmarks.gap.features import through_blocks
 from benchmarks.gap.methods import block_macs, costs, report
-from benchmarks.gap.study import Study
-from benchmarks.gap.tables import grid, summarised
-from benchmarks.shell import told_errors
-from benchmarks.versions import versions
-from featxfer import (
-    BLOCK_RECIPE,
-    FEATURES_RECIPE,
-    PROTOCOLS,
-    Degradation,
-    FeatureTransferBlock,
-    FeatureTransferHead,
-    Recipe,
-    VOCDevkit,
-)
-from featxfer.features.extract import default_cache
-from featxfer.files import write_atomic
-from featxfer_integrations import TransferFit, attach_transfer, fit_transfer, transfers_of
-from featxfer_integrations.attach import find_place, maps_at
+from benchmarks.gap.tables import recovered
+from featxfer import BLOCK_RECIPE, FEATURES_RECIPE, FeatureTransferBlock
+from featxfer_integrations import FitOptions, TransferFit, attach_transfer, host_of, transfers_of
+from featxfer_integrations.hosts.find import find_sites
 
 HELD_OUT = 0.25
 RECIPES: tuple[tuple[str, Any], ...] = (
@@ -79,59 +71,51 @@ them; two depthwise 7 x 7 units each where nothing else is said.
 All take the same arithmetic, 8.4% to 8.8% of EfficientNet-Lite0's."""
 
 
+COLUMNS = (
+    ("deploy gap %", "deploy gap", 1),
+    ("accuracy gap %", "accuracy gap", 1),
+    ("held-out cosine gap", "held-out cosine_gap", 3),
+    ("HR cosine", "held-out hr_cosine", 3),
+    ("parameters", "parameters", 0),
+    ("blocks, M MACs", "block_macs", 0),
+    ("epochs", "epochs", 0),
+    ("training, s", "seconds", 0),
+)
+
+
 @click.command(context_settings={"show_default": True})
-@click.option("--root", type=Path, required=True, help="A devkit in VOC layout.")
 @click.option("--part", default="head", type=click.Choice(["head", "blocks"]))
-@click.option("--backbone", default="timm/tf_efficientnet_lite0")
-@click.option("--weights", default="demo", help="pretrained, demo or a file.")
 @click.option("--lr-size", default=32, help="Side of the LR image, pixels.")
-@click.option("--hr-size", default=224, help="Side of the model's input, pixels.")
 @click.option("--seeds", default=1)
-@click.option("--protocol", default="vissl", type=click.Choice(list(PROTOCOLS)))
 @click.option("--seconds", default=60.0, help="Of training a block.")
-@click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
 @click.option("--out", type=Path, help="[default: runs/gap-tune-PART]")
+@with_study
 def main(
-    root: Path,
-    part: str,
-    backbone: str,
-    weights: str,
-    lr_size: int,
-    hr_size: int,
-    seeds: int,
-    protocol: str,
-    seconds: float,
-    cache: Path | None,
-    out: Path | None,
+    study: Study, part: str, lr_size: int, seeds: int, seconds: float, out: Path | None
 ) -> None:
     """Writes results.json and summary.md. May be interrupted; the same command goes on."""
-    with told_errors():
-        devkit, kept = VOCDevkit(root), cache or default_cache()
-        resize = Degradation(hr_size=hr_size)
-        study = Study(backbone, weights, devkit, kept, resize, PROTOCOLS[protocol])
-        bench = Bench(study, lr_size, seeds)
-        table = bench.heads() if part == "head" else bench.blocks(seconds)
-        results = {
-            "config": {
-                "part": part,
-                "backbone": backbone,
-                "weights": weights,
-                "lr_size": lr_size,
-                "hr_size": hr_size,
-                "seeds": seeds,
-                "protocol": protocol,
-                "held_out": HELD_OUT,
-                "seconds": seconds if part == "blocks" else None,
-            },
-            "versions": versions(),
-            "table": table,
-        }
-        out = out or Path("runs") / f"gap-tune-{part}"
-        write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-        summary = to_markdown(table)
-        write_atomic(out / "summary.md", summary.encode())
-        click.echo(summary)
-        click.echo(f"Wrote results.json and summary.md to {out}")
+    bench = Bench(study, lr_size)
+    choices = bench.heads() if part == "head" else bench.blocks(seconds)
+    results = {
+        "config": {
+            "part": part,
+            "backbone": study.name,
+            "weights": study.weights,
+            "lr_size": lr_size,
+            "hr_size": study.resize.hr_size,
+            "seeds": seeds,
+            "protocol": study.protocol.name,
+            "held_out": HELD_OUT,
+            "seconds": seconds if part == "blocks" else None,
+        },
+        "versions": versions(),
+        "table": bench.table(choices, seeds),
+    }
+    write_results(out or Path("runs") / f"gap-tune-{part}", results, summary(results))
+
+
+Choice = Method[[int], dict[str, Any]]
+"""From a seed to the figures of a head or of blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,96 +124,78 @@ class Bench:
 
     study: Study
     lr_size: int
-    seeds: int
 
-    def heads(self) -> dict[str, Any]:
+    def heads(self) -> list[Choice]:
         """The default head, and each with one thing changed."""
-        options: dict[str, dict[str, Any]] = {"default": {}}
+        choices = [self._head("default")]
         for name, value in RECIPES:
             changed = dataclasses.replace(FEATURES_RECIPE, **{name: value})
-            options[f"{name} {value:g}"] = {"recipe": changed}
-        options |= {f"{k} clusters": {"clusters": k} for k in CLUSTERS}
-        options |= {f"{width} hidden": {"hidden": width} for width in HIDDEN}
-        return self._table({name: (self._head, given) for name, given in options.items()})
+            choices.append(self._head(f"{name} {value:g}", recipe=changed))
+        choices += [self._head(f"{k} clusters", clusters=k) for k in CLUSTERS]
+        return choices + [self._head(f"{width} hidden", width) for width in HIDDEN]
 
-    def blocks(self, seconds: float) -> dict[str, Any]:
-        """Blocks by stage and shape."""
-        rows: dict[str, tuple[Any, dict[str, Any]]] = {
-            name: (self._blocks, {"at": at, "config": config, "seconds": seconds})
-            for name, (at, config) in SHAPES.items()
-        }
-        return self._table(rows)
+    def blocks(self, seconds: float) -> list[Choice]:
+        """Blocks by stage and shape, each trained for so long."""
+        return [self._blocks(name, *shape, seconds) for name, shape in SHAPES.items()]
 
-    def _table(self, rows: Mapping[str, tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+    def table(self, choices: list[Choice], seeds: int) -> dict[str, Any]:
+        """Summaries of figures, a row a choice."""
         table = {}
-        for name, (run, given) in tqdm(rows.items(), desc="choices", disable=None):
+        for choice in tqdm(choices, desc="choices", disable=None):
             runs = []
-            for seed in range(self.seeds):
-                described = {
-                    key: value.to_dict() if isinstance(value, Recipe) else value
-                    for key, value in given.items()
-                }
-                key = {
-                    "tune": described,
-                    "size": self.lr_size,
-                    "seed": seed,
-                    "recipes": [FEATURES_RECIPE.to_dict(), BLOCK_RECIPE.to_dict()],
-                }
-                runs.append(self.study.figures(key, lambda: run(seed, **given)))  # noqa: B023
-            table[name] = summarised(runs)
+            for seed in choice.seeds(seeds):
+                key = {"tune": choice.label, "size": self.lr_size, **choice.choices(seed)}
+                runs.append(self.study.figures(key, lambda: choice.run(seed)))  # noqa: B023
+            table[choice.label] = summarise_runs(runs)
         return table
 
-    def _head(self, seed: int, **options: Any) -> dict[str, Any]:
-        model = self.study.copy()
-        hidden = options.pop("hidden", None)
-        if hidden is not None:
-            attach_transfer(model, hidden_features=hidden)
-        fit = self._fit(model, seed, depth="pooled", **options)
-        head = transfers_of(model)["pooled"]
-        assert isinstance(head, FeatureTransferHead)
-        rows = self.study.features("trainval", self.study.view(self.lr_size))
-        return {
-            **self._judge(head.transfer(rows.lr), seed),
-            **costs([head], fit.log),
-            **held_out(fit),
-        }
+    def _head(self, label: str, hidden: int | None = None, **options: Any) -> Choice:
+        def fit(seed: int) -> Fit:
+            model = attach_transfer(self.study.copy(), hidden_features=hidden)
+            return self._fit(seed, "head", model=model, options=_options(**options))
+
+        def run(seed: int) -> dict[str, Any]:
+            asked = fit(seed)
+            found = asked.run()
+            head = head_of(asked.model)
+            rows = self.study.features("trainval", self.study.view(self.lr_size))
+            judged = self._judge(head.transfer(rows.lr), seed)
+            return {**judged, **costs([head], found.log), **held_out(found)}
+
+        return Method((label,), run, choices=lambda seed: {"fit": fit(seed).key})
 
     def _blocks(
-        self, seed: int, at: tuple[str, ...], config: dict[str, Any], seconds: float
-    ) -> dict[str, Any]:
-        once = dataclasses.replace(BLOCK_RECIPE, epochs=1)
-        _, timed = self._fit_blocks(seed, at, config, once)
-        epochs = max(2, round(seconds / timed.blocks_log[0].seconds))
-        recipe = dataclasses.replace(BLOCK_RECIPE, epochs=epochs)
-        model, fit = self._fit_blocks(seed, at, config, recipe)
-        view = self.study.view(self.lr_size)
-        rows = through_blocks(self.study, model, "trainval", view)
-        blocks = list(transfers_of(model).values())
-        found = {**block_macs(model), **costs(blocks, fit.blocks_log), **held_out(fit)}
-        found["epochs"] = epochs
-        return {**self._judge(rows.lr, seed), **found}
+        self, label: str, sites: tuple[str, ...], config: dict[str, Any], seconds: float
+    ) -> Choice:
+        def fit(seed: int, epochs: int) -> Fit:
+            model = self.study.copy()
+            for name in sites:
+                (site,) = find_sites(host_of(model), model, name)
+                attach_transfer(model, FeatureTransferBlock(**site.sizes, **config), site=name)
+            recipe = dataclasses.replace(BLOCK_RECIPE, epochs=epochs)
+            options = _options(block_recipe=recipe, crops=0)
+            return self._fit(seed, sites, model=model, options=options)
 
-    def _fit_blocks(
-        self, seed: int, at: tuple[str, ...], config: dict[str, Any], recipe: Any
-    ) -> tuple[nn.Module, TransferFit]:
-        model = self.study.copy()
-        for name in at:
-            channels, layout, _ = maps_at(model, find_place(model, at=name))
-            block = FeatureTransferBlock(channels, **{"layout": layout, **config})
-            attach_transfer(model, block, at=name)
-        options = {"block_recipe": recipe, "crops": 0}
-        return model, self._fit(model, seed, depth="deep", at=at, **options)
+        def run(seed: int) -> dict[str, Any]:
+            epochs = max(2, round(seconds / fit(seed, 1).run().blocks_log[0].seconds))
+            asked = fit(seed, epochs)
+            found, blocks = asked.run(), list(transfers_of(asked.model).values())
+            view = self.study.view(self.lr_size)
+            rows = through_blocks(self.study, asked.model, "trainval", view)
+            return {
+                **self._judge(rows.lr, seed),
+                **block_macs(asked.model),
+                **costs(blocks, found.blocks_log),
+                **held_out(found),
+                "epochs": epochs,
+            }
 
-    def _fit(self, model: nn.Module, seed: int, **options: Any) -> TransferFit:
-        return fit_transfer(
-            model,
-            self.study.images("trainval"),
-            degradation=self.study.view(self.lr_size),
-            held_out=HELD_OUT,
-            cache=self.study.cache,
-            seed=seed,
-            **options,
+        return Method(
+            (label,), run, choices=lambda seed: {"fit": fit(seed, 1).key, "seconds": seconds}
         )
+
+    def _fit(self, seed: int, site: Any, **given: Any) -> Fit:
+        return self.study.fit([self.study.view(self.lr_size)], seed, site, **given)
 
     def _judge(self, lr: Tensor, seed: int) -> dict[str, float]:
         """Of held-out images: mAP and accuracy in %, and the gap that they recover.
@@ -251,12 +217,11 @@ class Bench:
             )
             for rows in (plain.hr, plain.lr, lr)
         )
-        gaps = {
-            f"{name} gap": 100 * (found[name] - low[name]) / (hr[name] - low[name])
-            for name in found
-            if hr[name] > low[name]
-        }
-        return {**found, **gaps}
+        return {**found, **recovered(found, low, hr)}
+
+
+def _options(**given: Any) -> FitOptions:
+    return FitOptions(held_out=HELD_OUT, **given)
 
 
 def held_out(fit: TransferFit) -> dict[str, Any]:
@@ -265,19 +230,9 @@ def held_out(fit: TransferFit) -> dict[str, Any]:
     return {f"held-out {name}": value for name, value in checks[0].items()}
 
 
-def to_markdown(table: Mapping[str, Any]) -> str:
+def summary(results: Mapping[str, Any]) -> str:
     """Gaps recovered on held-out images, the self-check and what it took."""
-    columns = [
-        ("deploy gap %", "deploy gap", 1),
-        ("accuracy gap %", "accuracy gap", 1),
-        ("held-out cosine gap", "held-out cosine_gap", 3),
-        ("HR cosine", "held-out hr_cosine", 3),
-        ("parameters", "parameters", 0),
-        ("blocks, M MACs", "block_macs", 0),
-        ("epochs", "epochs", 0),
-        ("training, s", "seconds", 0),
-    ]
-    return grid(table, columns)
+    return grid(results["table"], COLUMNS)
 
 
 if __name__ == "__main__":

@@ -7,32 +7,26 @@ by SVMs on HR features that are never changed. `--views sizes` is the curve over
 
 from __future__ import annotations
 
-import dataclasses
-import json
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
+from benchmarks.common.fit import Fit, head_of
+from benchmarks.common.markdown import grid
+from benchmarks.common.plots import new_figure, png, require_matplotlib
+from benchmarks.common.results import write_results
+from benchmarks.common.ridge import ridge
+from benchmarks.common.study import Study, Transferred, with_study
+from benchmarks.common.versions import versions
 from benchmarks.gap.features import through_blocks
-from benchmarks.gap.methods import fit_pooled_head
-from benchmarks.gap.study import Rows, Study
-from benchmarks.gap.tables import grid, with_gaps
-from benchmarks.plots import new_figure, png, require_matplotlib
-from benchmarks.shell import told_errors
-from benchmarks.versions import versions
-from benchmarks.voc2007.methods import ridge
-from featxfer import (
-    BLOCK_RECIPE,
-    FEATURES_RECIPE,
-    Degradation,
-    Recipe,
-    VOCDevkit,
-)
-from featxfer.features.extract import default_cache
-from featxfer.files import write_atomic
-from featxfer_integrations import CorruptedDegradation, fit_transfer
+from benchmarks.gap.tables import with_gaps
+from featxfer import BLOCK_RECIPE, Degradation
+from featxfer_integrations import CorruptedDegradation, FitOptions
 
 SIZES = (16, 24, 32, 48, 64, 96, 128)
 SMALL = 64
@@ -58,45 +52,20 @@ def named_views(kind: str, hr_size: int) -> dict[str, Degradation]:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--root", type=Path, required=True, help="A devkit in VOC layout.")
 @click.option("--views", "kind", default="sizes", type=click.Choice(["sizes", "corruptions"]))
-@click.option("--backbone", default="timm/tf_efficientnet_lite0")
-@click.option("--weights", default="demo", help="pretrained, demo or a file.")
-@click.option("--hr-size", default=224, help="Side of the model's input, pixels.")
 @click.option("--seeds", default=3)
 @click.option("--deep", is_flag=True, help="Blocks too, of every other degradation; one seed.")
 @click.option("--figures/--no-figures", default=True, help="gap.png.")
-@click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
 @click.option("--out", type=Path, help="[default: runs/gap-VIEWS]")
-def main(
-    root: Path,
-    kind: str,
-    backbone: str,
-    weights: str,
-    hr_size: int,
-    seeds: int,
-    deep: bool,
-    figures: bool,
-    cache: Path | None,
-    out: Path | None,
-) -> None:
+@with_study
+def main(study: Study, kind: str, seeds: int, deep: bool, figures: bool, out: Path | None) -> None:
     """Writes results.json, summary.md and gap.png. May be interrupted; the same command goes on."""
-    with told_errors():
-        if figures:
-            require_matplotlib("--no-figures")
-        resize = Degradation(hr_size=hr_size)
-        study = Study(backbone, weights, VOCDevkit(root), cache or default_cache(), resize)
-        out = out or Path("runs") / f"gap-{kind}"
-        results = run(study, named_views(kind, hr_size), seeds, deep=deep)
-        results["config"] |= {"backbone": backbone, "weights": weights, "views": kind}
-        summary = to_markdown(results)
-        write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-        write_atomic(out / "summary.md", summary.encode())
-        if figures:
-            write_atomic(out / "gap.png", curve(results["tables"]))
-        click.echo(summary)
-        pictures = " and gap.png" if figures else ""
-        click.echo(f"Wrote results.json, summary.md{pictures} to {out}")
+    if figures:
+        require_matplotlib("--no-figures")
+    results = run(study, named_views(kind, study.resize.hr_size), seeds, deep=deep)
+    results["config"] |= {"backbone": study.name, "weights": study.weights, "views": kind}
+    pictures = {"gap.png": curve(results["tables"])} if figures else {}
+    write_results(out or Path("runs") / f"gap-{kind}", results, summary(results), pictures)
 
 
 def run(
@@ -109,35 +78,26 @@ def run(
         found = study.figures(key, lambda: {"rows": _plain(study, view)})["rows"]  # noqa: B023
         for label, figures in zip(("HR", "LR", "ridge regression"), found, strict=True):
             rows[name][label] = [figures]
-    trained = {**{f"head of {name}": [view] for name, view in views.items()}}
+    trained = {f"head of {name}": [view] for name, view in views.items()}
     trained["one head for all"] = list(views.values())
-    for label, known in tqdm(trained.items(), desc="heads", disable=None):
-        for seed in range(seeds):
-            key = {
-                "views": [view.to_dict() for view in views.values()],
-                "trained on": [view.to_dict() for view in known],
-                "recipe": FEATURES_RECIPE.to_dict(),
-                "seed": seed,
-            }
-            found = study.figures(
-                key,
-                lambda: {"rows": _head(study, known, list(views.values()), seed)},  # noqa: B023
-            )["rows"]
-            for name, figures in zip(views, found, strict=True):
-                rows[name].setdefault(label, []).append(figures)
+    fits = [
+        (label, partial(study.fit, known, seed), _head)
+        for label, known in trained.items()
+        for seed in range(seeds)
+    ]
     if deep:
+        options = FitOptions(
+            block_recipe=replace(BLOCK_RECIPE, epochs=BLOCK_RECIPE.epochs // 2), crops=0
+        )
         known = list(views.values())[::2]
-        recipe = dataclasses.replace(BLOCK_RECIPE, epochs=BLOCK_RECIPE.epochs // 2)
-        key = {
-            "views": [view.to_dict() for view in views.values()],
-            "blocks trained on": [view.to_dict() for view in known],
-            "recipes": [FEATURES_RECIPE.to_dict(), recipe.to_dict()],
-        }
-        found = study.figures(
-            key, lambda: {"rows": _deep(study, known, list(views.values()), recipe)}
-        )["rows"]
+        blocks = partial(study.fit, known, 0, "blocks", options=options)
+        fits.append((f"blocks of {', '.join(list(views)[::2])}", blocks, _blocks))
+    for label, fit, judge in tqdm(fits, desc="heads and blocks", disable=None):
+        asked = fit()
+        key = {"views": [view.to_dict() for view in views.values()], "fit": asked.key}
+        found = study.figures(key, lambda: {"rows": judge(study, asked, views.values())})["rows"]  # noqa: B023
         for name, figures in zip(views, found, strict=True):
-            rows[name][f"blocks of {', '.join(list(views)[::2])}"] = [figures]
+            rows[name].setdefault(label, []).append(figures)
     return {
         "config": {
             "hr_size": study.resize.hr_size,
@@ -154,40 +114,24 @@ def _plain(study: Study, view: Degradation) -> list[dict[str, float]]:
     train, test = (study.features(split, view) for split in ("trainval", "test"))
     _, mapped = ridge((train.lr, test.lr), train.hr)
     return [
-        study.judge(Rows(None, test.hr, test.hr)),
-        *(study.judge(Rows(None, rows)) for rows in (test.lr, mapped)),
+        study.judge(Transferred(None, test.hr, test.hr)),
+        *(study.judge(Transferred(None, rows)) for rows in (test.lr, mapped)),
     ]
 
 
-def _head(
-    study: Study, known: list[Degradation], views: list[Degradation], seed: int
-) -> list[dict[str, Any]]:
-    head, _ = fit_pooled_head(study, known, seed, study.images("trainval"))
-    found = []
+def _head(study: Study, fit: Fit, views: Iterable[Degradation]) -> list[dict[str, Any]]:
+    fit.run()
+    head, found = head_of(fit.model), []
     for view in views:
         test = study.features("test", view)
-        found.append(study.judge(Rows(None, head.transfer(test.lr), head.transfer(test.hr))))
+        found.append(study.judge(Transferred(None, head.transfer(test.lr), head.transfer(test.hr))))
     return found
 
 
-def _deep(
-    study: Study, known: list[Degradation], views: list[Degradation], recipe: Recipe
-) -> list[dict[str, Any]]:
-    model = study.copy()
-    fit_transfer(
-        model,
-        study.images("trainval"),
-        degradation=known,
-        depth="deep",
-        block_recipe=recipe,
-        crops=0,
-        cache=study.cache,
-    )
-    found = []
-    for view in views:
-        test = through_blocks(study, model, "test", view)
-        found.append(study.judge(Rows(None, test.lr, test.hr)))
-    return found
+def _blocks(study: Study, fit: Fit, views: Iterable[Degradation]) -> list[dict[str, Any]]:
+    fit.run()
+    through = [through_blocks(study, fit.model, "test", view) for view in views]
+    return [study.judge(Transferred(None, test.lr, test.hr)) for test in through]
 
 
 def curve(tables: dict[str, Any]) -> bytes:
@@ -221,7 +165,7 @@ def curve(tables: dict[str, Any]) -> bytes:
     return png(figure)
 
 
-def to_markdown(results: dict[str, Any]) -> str:
+def summary(results: dict[str, Any]) -> str:
     """Deploy mAP by degradation and row, and the gap recovered with what HR images lose."""
     tables = results["tables"]
     columns = [(view, view, 1) for view in tables]

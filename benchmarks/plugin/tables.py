@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from benchmarks.markdown import markdown_table
+from benchmarks.common.intervals import plus_minus
+from benchmarks.common.markdown import figure, label, to_markdown
 
 COLUMNS = {
     "deploy": "deploy mAP %",
@@ -15,29 +17,20 @@ COLUMNS = {
 }
 
 
-def to_markdown(results: Mapping[str, Any]) -> str:
+def summary(results: Mapping[str, Any]) -> str:
     """A table an LR size: figures with half of their 95% interval, and gap recovered."""
     parts = []
     for size, rows in results["tables"].items():
-        headings = [text for name in COLUMNS for text in (COLUMNS[name], "gap %")]
-        cells = (
-            [label, *(cell for name in COLUMNS for cell in _cells(rows, figures.get(name), name))]
-            for label, figures in rows.items()
-        )
-        parts.append(f"LR of {size} pixels:\n\n{markdown_table(headings, cells)}")
+        columns = [label()]
+        for name, heading in COLUMNS.items():
+            gap = figure("gap %", partial(_gap, rows, name), name)
+            columns += [figure(heading, plus_minus, name), gap]
+        parts.append(f"LR of {size} pixels:\n\n{to_markdown(rows.items(), columns)}")
     return "\n".join(parts)
 
 
-def _cells(rows: Mapping[str, Any], figure: Mapping[str, Any] | None, name: str) -> list[str]:
-    if figure is None:
-        return ["", ""]
+def _gap(rows: Mapping[str, Any], name: str, summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return ""
     low, high = (rows[label][name]["mean"] for label in ("LR", "HR"))
-    gap = 100 * (figure["mean"] - low) / (high - low) if high > low else None
-    return [_with_interval(figure), "" if gap is None else f"{gap:.1f}"]
-
-
-def _with_interval(figure: Mapping[str, Any]) -> str:
-    text = f"{figure['mean']:.1f}"
-    if figure["low"] is None:
-        return text
-    return f"{text} ± {(figure['high'] - figure['low']) / 2:.1f}"
+    return f"{100 * (summary['mean'] - low) / (high - low):.1f}" if high > low else ""

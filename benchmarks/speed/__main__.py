@@ -11,11 +11,11 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.shell import told_errors
+from benchmarks.common.results import write_results
+from benchmarks.common.shell import told_errors
+from benchmarks.common.versions import versions
 from benchmarks.speed import attached, job, memory, stages
-from benchmarks.versions import versions
 from featxfer import VOCDevkit
-from featxfer.files import write_atomic
 from featxfer_integrations import load_backbone
 
 
@@ -47,7 +47,7 @@ def time_attached(
         for row in measure(models, batches, seconds, device):
             rows.append(row)
             click.echo(json.dumps(row))
-        summary = attached.blocks_to_markdown(rows) if blocks else attached.to_markdown(rows)
+        summary = attached.blocks_table(rows) if blocks else attached.summary(rows)
         _write(out, {"rows": rows}, summary, device)
 
 
@@ -97,9 +97,9 @@ def time_stages(
             timed += stages.measure_kmeans(rows, width, pairs)
         if "heads" in only:
             timed += stages.measure_heads(rows, width, 4096, pairs)
-        summary = stages.to_markdown(timed)
+        summary = stages.summary(timed)
         if apart:
-            summary += "\n" + stages.map_to_markdown(apart)
+            summary += "\n" + stages.map_table(apart)
         _write(out, {"rows": timed, "map": apart}, summary)
 
 
@@ -114,7 +114,7 @@ def time_job(root: Path | None, svm: str, out: Path) -> None:
         arguments += ["--root", str(root.resolve()), "--weights", "demo"]
     with told_errors(), tempfile.TemporaryDirectory() as folder:
         measured = job.measure_job(arguments, Path(folder))
-        _write(out, {"svm": svm, **measured}, job.to_markdown(measured))
+        _write(out, {"svm": svm, **measured}, job.summary(measured))
 
 
 @main.command("samples")
@@ -125,7 +125,7 @@ def cluster_samples(rows: int, width: int, out: Path) -> None:
     """k-means of a sample of made features against k-means of all."""
     with told_errors():
         found = list(stages.measure_samples(rows, width))
-        _write(out, {"width": width, "rows": found}, stages.samples_to_markdown(found))
+        _write(out, {"width": width, "rows": found}, stages.samples_table(found))
 
 
 @main.command("memory")
@@ -135,15 +135,12 @@ def watch_memory(counts: tuple[int, ...], out: Path) -> None:
     """The most memory that extraction takes, over the number of images."""
     with told_errors(), tempfile.TemporaryDirectory() as folder:
         rows = list(memory.measure_memory(counts, Path(folder)))
-        _write(out, {"rows": rows}, memory.to_markdown(rows))
+        _write(out, {"rows": rows}, memory.summary(rows))
 
 
 def _write(out: Path, measured: dict[str, Any], summary: str, device: str = "cpu") -> None:
     """Writes `results.json` and `summary.md` and prints the latter."""
-    results = {"machine": _machine(device), "versions": versions(), **measured}
-    write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    write_atomic(out / "summary.md", summary.encode())
-    click.echo(f"{summary}\nWrote {out}/results.json and summary.md")
+    write_results(out, {"machine": _machine(device), "versions": versions(), **measured}, summary)
 
 
 def _machine(device: str) -> dict[str, str | int]:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.speed.pairs import Way, time_pairs
+from benchmarks.common.fit import head_of
+from benchmarks.common.markdown import Column, entry, to_markdown
+from benchmarks.speed.pairs import Way, quartiles, time_pairs
 from featxfer import FeatureTransferBlock, FeatureTransferHead
-from featxfer_integrations import attach_transfer, detach_transfer, transfers_of
-from featxfer_integrations._attach import is_attached
-from featxfer_integrations.attach import find_place
-from featxfer_integrations.deep import new_blocks, plan_blocks
+from featxfer_integrations import attach_transfer, detach_transfer, host_of
+from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.mechanism.attach import is_attached
+from featxfer_integrations.stages.blocks import block_width
 
 MODELS = ("resnet101", "resnet18", "tf_efficientnet_lite0")
 HEADS = (
@@ -37,77 +39,64 @@ def measure(
     Weights are random (they do not change the time), images are of 224 x 224, channels last. Each
     row takes as many pairs as fit into about `seconds`, at least 7.
     """
+    for name, model, images in _with_images(models, batches, device):
+        for hidden, dtype in HEADS:
+            attach_transfer(model, hidden_features=hidden)
+            head = head_of(model)
+            detach_transfer(model)
+            nn.init.normal_(head.fc2.weight, std=0.01)
+            attach = partial(attach_transfer, model, head, dtype=dtype)
+            yield {
+                "model": name,
+                "batch": len(images),
+                "hidden": hidden,
+                "dtype": str(dtype).removeprefix("torch."),
+                **_time(name, model, images, attach, seconds),
+                "head_ms": _time_head(head, len(images)),
+            }
+
+
+def _with_images(
+    models: Sequence[str], batches: Sequence[int], device: str
+) -> Iterator[tuple[str, nn.Module, Tensor]]:
     for name in models:
         torch.manual_seed(0)
         model = timm.create_model(name).eval().to(device, memory_format=torch.channels_last)
         for batch in batches:
             images = torch.randn(batch, 3, 224, 224, device=device)
-            images = images.contiguous(memory_format=torch.channels_last)
-            for hidden, dtype in HEADS:
-                yield {
-                    "model": name,
-                    "batch": batch,
-                    "hidden": hidden,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    **_compare(f"{name}, batch {batch}", model, images, hidden, dtype, seconds),
-                }
+            yield name, model, images.contiguous(memory_format=torch.channels_last)
 
 
 def measure_blocks(
     models: Sequence[str], batches: Sequence[int], seconds: float, device: str
 ) -> Iterator[dict[str, Any]]:
-    """The same for the blocks that `fit_transfer(depth="deep")` attaches."""
-    for name in models:
-        torch.manual_seed(0)
-        model = timm.create_model(name).eval().to(device, memory_format=torch.channels_last)
-        plans = plan_blocks(model, find_place(model), "deep", None, None)
-        blocks = new_blocks(model, plans, 0)
-        for batch in batches:
-            images = torch.randn(batch, 3, 224, 224, device=device)
-            images = images.contiguous(memory_format=torch.channels_last)
-            with FlopCounterMode(display=False) as counter, torch.inference_mode():
-                model(images[:1])
-            yield {
-                "model": name,
-                "batch": batch,
-                "after": [plan.module for plan in plans],
-                "hidden": next(iter(blocks.values())).hidden_channels,
-                "parameters": sum(p.numel() for b in blocks.values() for p in b.parameters()),
-                "macs": sum(blocks[plan.module].macs(plan.side, plan.side) for plan in plans),
-                "model_macs": counter.get_total_flops() // 2,
-                **_time(
-                    f"{name}, batch {batch}",
-                    model,
-                    images,
-                    partial(_attach_all, model, blocks),
-                    seconds,
-                ),
-            }
+    """The same for the blocks that `fit_transfer(site="blocks")` attaches."""
+    for name, model, images in _with_images(models, batches, device):
+        host = host_of(model)
+        sites = find_sites(host, model, "blocks")
+        width = block_width(host, model, sites, None)
+        blocks = {s.asked: FeatureTransferBlock(hidden_channels=width, **s.sizes) for s in sites}
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            model(images[:1])
+        yield {
+            "model": name,
+            "batch": len(images),
+            "after": list(blocks),
+            "hidden": width,
+            "parameters": sum(p.numel() for b in blocks.values() for p in b.parameters()),
+            "macs": sum(blocks[s.asked].macs(*(s.extent or (1, 1))) for s in sites),
+            "model_macs": counter.get_total_flops() // 2,
+            **_time(name, model, images, partial(_attach_all, model, blocks), seconds),
+        }
 
 
 def _attach_all(model: nn.Module, blocks: Mapping[str, FeatureTransferBlock]) -> None:
-    for module, block in blocks.items():
-        attach_transfer(model, block, at=module)
-
-
-def _compare(
-    name: str, model: nn.Module, images: Tensor, hidden: int, dtype: torch.dtype, seconds: float
-) -> dict[str, Any]:
-    attach_transfer(model, hidden_features=hidden)
-    head = transfers_of(model)["pooled"]
-    assert isinstance(head, FeatureTransferHead)
-    detach_transfer(model)
-    nn.init.normal_(head.fc2.weight, std=0.01)
-
-    def attach() -> None:
-        attach_transfer(model, head, dtype=dtype)
-
-    result = _time(name, model, images, attach, seconds)
-    return {**result, "head_ms": _time_head(head, len(images))}
+    for name, block in blocks.items():
+        attach_transfer(model, block, site=name)
 
 
 def _time(
-    name: str, model: nn.Module, images: Tensor, put: Callable[[], None], seconds: float
+    name: str, model: nn.Module, images: Tensor, put: Callable[[], object], seconds: float
 ) -> dict[str, Any]:
     """The plain model against the same with what `put` attaches, in turns."""
 
@@ -135,7 +124,7 @@ def _time(
     plain = Way(detach, run)
     pairs = max(7, round(seconds / (2 * min(plain.seconds() for _ in range(2)))))
     try:
-        return time_pairs(name, plain, Way(attach, run), pairs)
+        return time_pairs(f"{name}, batch {len(images)}", plain, Way(attach, run), pairs)
     finally:
         detach()
 
@@ -154,36 +143,28 @@ def _time_head(head: FeatureTransferHead, batch: int) -> float:
     return 1000 * float(np.median([way.seconds() for _ in range(200)]))
 
 
-def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line a row."""
-    lines = [
-        "| model | batch | hidden | weights | plain ms | attached ms | ratio | quartiles | pairs "
-        "| head alone ms |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            f"| {row['model']} | {row['batch']} | {row['hidden']} | {row['dtype']} "
-            f"| {row['first_ms']:.1f} | {row['second_ms']:.1f} | {row['ratio']:.4f} "
-            f"| {low:.4f} to {high:.4f} | {row['pairs']} | {row['head_ms']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    of_heads = [entry("hidden", "hidden"), entry("weights", "dtype")]
+    return to_markdown(
+        rows, [*_MODEL, *of_heads, *_timed(".4f"), entry("head alone ms", "head_ms", ".2f")]
+    )
 
 
-def blocks_to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def blocks_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line a row of `measure_blocks`."""
-    lines = [
-        "| model | batch | after | hidden | parameters | arithmetic | plain ms | attached ms "
-        "| ratio | quartiles | pairs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+    of_blocks: list[Column[Any]] = [
+        ("after", lambda row: ", ".join(row["after"])),
+        entry("hidden", "hidden"),
+        entry("parameters", "parameters", ","),
+        ("arithmetic", lambda row: f"{row['macs'] / row['model_macs']:.1%}"),
     ]
-    for row in rows:
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            f"| {row['model']} | {row['batch']} | {', '.join(row['after'])} | {row['hidden']} "
-            f"| {row['parameters']:,} | {row['macs'] / row['model_macs']:.1%} "
-            f"| {row['first_ms']:.1f} | {row['second_ms']:.1f} | {row['ratio']:.3f} "
-            f"| {low:.3f} to {high:.3f} | {row['pairs']} |"
-        )
-    return "\n".join(lines) + "\n"
+    return to_markdown(rows, [*_MODEL, *of_blocks, *_timed(".3f")])
+
+
+_MODEL = (entry("model", "model"), entry("batch", "batch"))
+
+
+def _timed(form: str) -> list[Column[Any]]:
+    times = [entry("plain ms", "first_ms", ".1f"), entry("attached ms", "second_ms", ".1f")]
+    return [*times, entry("ratio", "ratio", form), quartiles(form), entry("pairs", "pairs")]

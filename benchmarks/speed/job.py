@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import markdown_table
+from benchmarks.common.markdown import to_markdown
 
 COMMAND = ("-m", "benchmarks.voc2007")
 
@@ -48,7 +48,7 @@ STAGES: Mapping[str, tuple[Routine, Routine]] = {
         Routine("extra_wrappers.py", "train"),
     ),
     "heads": (
-        Routine("featxfer/training/trainer.py", "fit"),
+        Routine("featxfer/training/trainer.py", "fit_rows"),
         Routine("featxfer/training/trainer.py", "step"),
     ),
     "SVMs": (
@@ -95,22 +95,18 @@ def _seconds(command: Sequence[str], arguments: Sequence[str], cache: Path) -> f
     return time.perf_counter() - start
 
 
-def to_markdown(job: Mapping[str, Any]) -> str:
+def summary(job: Mapping[str, Any]) -> str:
     """A line a stage: seconds, its share, and those of its floor; then the whole."""
     total, floor = job["profiled"], sum(stage["floor"] for stage in job["stages"].values())
-    rows = [
+    whole = {"all, one process, profiled": {"seconds": total, "floor": floor}}
+    table = to_markdown(
+        {**job["stages"], **whole}.items(),
         [
-            name,
-            f"{stage['seconds']:.1f}",
-            f"{100 * stage['seconds'] / total:.0f}",
-            f"{stage['floor']:.1f}",
-        ]
-        for name, stage in job["stages"].items()
-    ]
-    table = markdown_table(
-        ["s", "share, %", "arithmetic, s"],
-        [*rows, ["all, one process, profiled", f"{total:.1f}", "100", f"{floor:.1f}"]],
-        "stage",
+            ("stage", lambda stage: stage[0]),
+            ("s", lambda stage: f"{stage[1]['seconds']:.1f}"),
+            ("share, %", lambda stage: f"{100 * stage[1]['seconds'] / total:.0f}"),
+            ("arithmetic, s", lambda stage: f"{stage[1]['floor']:.1f}"),
+        ],
     )
     return (
         f"{table}\nCold {job['cold']:.1f} s, warm {job['warm']:.1f} s "

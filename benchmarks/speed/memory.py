@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.markdown import markdown_table
-from benchmarks.memory import forget_peak, memory_mib
+from benchmarks.common.markdown import Column, entry, to_markdown
+from benchmarks.common.memory import forget_peak, memory_mib
 from benchmarks.torture.crash import small_backbone
 from featxfer import Degradation, fill_stores, open_images
 
@@ -66,21 +66,15 @@ def _extract(folder: Path, cache: Path) -> dict[str, float]:
     }
 
 
-def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line a number of images."""
-    return markdown_table(
-        ["list of images, MiB", "extraction, MiB more", "images a second"],
-        (
-            [
-                f"{row['images']:,}",
-                f"{row['listed_mib']:.0f}",
-                f"{row['extraction_mib']:.0f}",
-                f"{row['images'] / row['seconds']:.0f}",
-            ]
-            for row in rows
-        ),
-        "images",
-    )
+    columns: list[Column[Any]] = [
+        entry("images", "images", ","),
+        entry("list of images, MiB", "listed_mib", ".0f"),
+        entry("extraction, MiB more", "extraction_mib", ".0f"),
+        ("images a second", lambda row: f"{row['images'] / row['seconds']:.0f}"),
+    ]
+    return to_markdown(rows, columns)
 
 
 if __name__ == "__main__":

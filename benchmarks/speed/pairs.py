@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.common.markdown import Column
+
 
 @dataclass(frozen=True)
 class Way:
@@ -52,3 +54,8 @@ def time_pairs(
         "ratio_quartiles": [float(low), float(high)],
         "pairs": pairs,
     }
+
+
+def quartiles(form: str) -> Column[Any]:
+    """The column of the quarter and three-quarter marks of the ratios."""
+    return "quartiles", lambda row: " to ".join(format(q, form) for q in row["ratio_quartiles"])

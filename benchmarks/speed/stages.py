@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from benchmarks.markdown import markdown_table
-from benchmarks.speed.pairs import Way, time_pairs
+from benchmarks.common.markdown import entry, nested, to_markdown
+from benchmarks.speed.pairs import Way, quartiles, time_pairs
 from featxfer import (
     PROTOCOLS,
     Backbone,
@@ -213,10 +213,14 @@ def measure_samples(rows: int, width: int) -> Iterator[Row]:
         yield {**row, "inertia": row["inertia"] / found[0]["inertia"]}
 
 
-def samples_to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def samples_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line a sample."""
-    cells = ([f"{row['rows']:,}", f"{row['seconds']:.1f}", f"{row['inertia']:.4f}"] for row in rows)
-    return markdown_table(["k-means, s", "inertia of all rows"], cells, "clustered rows")
+    columns = [
+        entry("clustered rows", "rows", ","),
+        entry("k-means, s", "seconds", ".1f"),
+        entry("inertia of all rows", "inertia", ".4f"),
+    ]
+    return to_markdown(rows, columns)
 
 
 def loader_loop(head: nn.Module, rows: Tensor, labels: Tensor, recipe: Recipe) -> None:
@@ -256,36 +260,32 @@ def measure_heads(rows: int, width: int, hidden: int, pairs: int) -> Iterator[Ro
         yield {"what": what, **timed, "last loss": losses[precision]}
 
 
-def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line a row: ours, theirs, and how many times sooner ours is."""
-    return markdown_table(
-        ["ours, s", "theirs, s", "times sooner", "quartiles", "pairs", "besides"],
-        (
-            [
-                row["what"],
-                f"{row['first_ms'] / 1000:.2f}",
-                f"{row['second_ms'] / 1000:.2f}",
-                f"{row['ratio']:.2f}",
-                "{:.2f} to {:.2f}".format(*row["ratio_quartiles"]),
-                str(row["pairs"]),
-                "; ".join(f"{name} {_text(v)}" for name, v in row.items() if name not in _TIMED),
-            ]
-            for row in rows
-        ),
+    return to_markdown(
+        rows,
+        [
+            entry("", "what"),
+            entry("ours, s", "first_ms", ".2f", 0.001),
+            entry("theirs, s", "second_ms", ".2f", 0.001),
+            entry("times sooner", "ratio", ".2f"),
+            quartiles(".2f"),
+            entry("pairs", "pairs"),
+            ("besides", _besides),
+        ],
     )
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_text(part)}" for name, part in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _besides(row: Mapping[str, Any]) -> str:
+    return "; ".join(f"{n} {nested(v, '.4g')}" for n, v in row.items() if n not in _TIMED)
 
 
-def map_to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def map_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line an arithmetic: mAP, and how far it is from float32's, in points."""
+    headings = ("HR mAP, %", "apart", "LR mAP, %", "apart")
     names = ("hr mAP", "hr apart", "lr mAP", "lr apart")
-    cells = ([row["what"], *(f"{row[name]:.2f}" for name in names)] for row in rows)
-    return markdown_table(["HR mAP, %", "apart", "LR mAP, %", "apart"], cells)
+    figures = (entry(*named, ".2f") for named in zip(headings, names, strict=True))
+    return to_markdown(rows, [entry("", "what"), *figures])
 
 
 _TIMED = ("what", "first_ms", "second_ms", "ratio", "ratio_quartiles", "pairs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 import warnings
@@ -12,7 +11,10 @@ from typing import Any
 
 import click
 
-from benchmarks.markdown import markdown_table
+from benchmarks.common.markdown import nested, to_markdown
+from benchmarks.common.results import write_results
+from benchmarks.common.shell import chosen
+from benchmarks.common.versions import versions
 from benchmarks.torture.artefacts import run_artefacts
 from benchmarks.torture.crash import run_flipped, run_killed, run_refused, run_together
 from benchmarks.torture.hostile import run_archives
@@ -20,8 +22,6 @@ from benchmarks.torture.numbers import run_numbers
 from benchmarks.torture.outcome import Outcome
 from benchmarks.torture.repeats import run_repeats
 from benchmarks.torture.silent import run_edited, run_folders, run_ranks, run_threads
-from benchmarks.versions import versions
-from featxfer.files import write_atomic
 
 PARTS: Mapping[str, tuple[str, Callable[[Path, int], Outcome]]] = {
     "killed": ("SIGKILL during extraction", lambda f, seed: run_killed(f, 200, seed)),
@@ -46,14 +46,10 @@ PARTS: Mapping[str, tuple[str, Callable[[Path, int], Outcome]]] = {
 @click.option("--out", type=Path, default=Path("runs/torture"))
 def main(parts: str | None, seed: int, out: Path) -> None:
     """Writes results.json and summary.md; exit 1 where anything went wrong."""
-    chosen = list(PARTS) if parts is None else parts.split(",")
-    unknown = [name for name in chosen if name not in PARTS]
-    if unknown:
-        wanted = f"wanted some of {', '.join(PARTS)}"
-        raise click.BadParameter(f"got {', '.join(unknown)}, {wanted}", param_hint="--parts")
+    names = chosen("--parts", parts, PARTS)
     results: dict[str, Any] = {"seed": seed, "versions": versions(), "parts": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for name in chosen:
+        for name in names:
             begin = time.perf_counter()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -63,29 +59,25 @@ def main(parts: str | None, seed: int, out: Path) -> None:
             for fault in outcome.faults:
                 click.echo(f"  {fault}", err=True)
             results["parts"][name] = {**vars(outcome), "seconds": round(seconds, 1)}
-    write_atomic(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    write_atomic(out / "summary.md", to_markdown(results).encode())
-    click.echo(to_markdown(results) + f"\nWrote results.json and summary.md to {out}")
+    write_results(out, results, summary(results))
     raise SystemExit(any(part["faults"] for part in results["parts"].values()))
 
 
-def to_markdown(results: Mapping[str, Any]) -> str:
+def summary(results: Mapping[str, Any]) -> str:
     """A line a part."""
-    rows = (
-        [PARTS[name][0], f"{part['cases']:,}", str(len(part["faults"])), _figures(part["figures"])]
-        for name, part in results["parts"].items()
+    return to_markdown(
+        results["parts"].items(),
+        [
+            ("", lambda part: PARTS[part[0]][0]),
+            ("cases", lambda part: f"{part[1]['cases']:,}"),
+            ("faults", lambda part: str(len(part[1]["faults"]))),
+            ("besides", lambda part: _figures(part[1]["figures"])),
+        ],
     )
-    return markdown_table(["cases", "faults", "besides"], rows)
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name}: {_text(value)}" for name, value in figures.items())
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_text(part)}" for name, part in value.items())
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
+    return "; ".join(f"{name}: {nested(value, '.2g')}" for name, value in figures.items())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from benchmarks.memory import forget_peak, memory_mib
+from benchmarks.common.memory import forget_peak, memory_mib
 from benchmarks.torture.outcome import Outcome
 from featxfer import ArtifactError, Card, Degradation, FeatureTransferHead, load_head, save_head
 from featxfer.modules.artifact import CARD, WEIGHTS

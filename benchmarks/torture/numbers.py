@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.common.ridge import warm_start_head
+from benchmarks.gap.unpaired import unpaired_targets
 from benchmarks.torture.outcome import Outcome
 from featxfer import (
+    PROTOCOLS,
     DivergenceError,
     FeatureTransferHead,
     Recipe,
@@ -24,11 +27,9 @@ from featxfer import (
     train_svms,
 )
 from featxfer.estimator import FeatureTransfer
-from featxfer.evaluation.svm import PROTOCOLS, average_precisions
+from featxfer.evaluation.svm import average_precisions
 from featxfer.modules.scaling import scale_features
 from featxfer.training.pseudo_labels import assign, centroid_scores
-from featxfer.training.trainer import warm_start_head
-from featxfer.training.unpaired import unpaired_targets
 
 Array = np.ndarray[Any, Any]
 TYPED = (ValueError, TypeError, DivergenceError)

@@ -18,6 +18,7 @@ import torch
 from benchmarks.torture.crash import VIEW, make_photographs, small_backbone
 from benchmarks.torture.outcome import Outcome
 from featxfer import (
+    PROTOCOLS,
     FeatureTransferHead,
     Recipe,
     extract_features,
@@ -26,7 +27,7 @@ from featxfer import (
     open_images,
     train_svms,
 )
-from featxfer.evaluation.svm import PROTOCOLS, average_precisions
+from featxfer.evaluation.svm import average_precisions
 from featxfer.modules.scaling import scale_features
 
 MOST_DIFFERENCE = 1e-5

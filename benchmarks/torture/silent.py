@@ -31,7 +31,7 @@ from featxfer import (
     fill_stores,
     open_images,
 )
-from featxfer.training.objectives import make_objective
+from featxfer.training.objectives import PairedRegression
 from featxfer_integrations import CorruptedDegradation
 
 NOISY = CorruptedDegradation(32, 8, blur_sigma=0.5, noise_std=0.1, jpeg_quality=50)
@@ -49,7 +49,7 @@ def run_threads(folder: Path, images: int = 200, readers: Sequence[int] = (1, 2,
     faults, stores = [], []
     state = torch.get_rng_state()
     for count in readers:
-        with mock.patch("featxfer.features.extract._reader_count", lambda count=count: count):
+        with mock.patch("featxfer.features.readers.reader_count", lambda count=count: count):
             _extract(photographs, folder / f"threads{count}")
         stores.append(_contents(folder / f"threads{count}"))
     if not torch.get_rng_state().equal(state):
@@ -190,7 +190,7 @@ def _train(folder: Path, meeting: Path, rank: int, size: int, rows: int) -> None
     head = FeatureTransferHead(6, 4, 16, dropout=0.0)
     head.set_input_statistics(lr)
     trainer = PseudoLabelTrainer(
-        DistributedDataParallel(head), RECIPE, objective=make_objective("regression", [], 6.0)
+        DistributedDataParallel(head), RECIPE, objective=PairedRegression(6.0)
     )
     held_out = (torch.randn(6 + rank, 6, generator=generator), torch.randn(6 + rank, 6))
     trainer.fit(lr[mine], hr[mine], held_out=held_out)

@@ -8,16 +8,12 @@ from typing import Any
 
 import click
 
-from benchmarks.shell import told_errors
+from benchmarks.common.shell import cache_option, numbers, told_errors
 
 GRID_CLUSTERS, GRID_HIDDEN = "20,100,200,500,1000,2048", "256,512,1024,2048,4096"
 
 
-def _sizes(_: Any, __: Any, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"got {value!r}, wanted integers such as 20,100") from error
+_sizes = numbers(int, "integers such as 20,100")
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 100})
@@ -65,7 +61,7 @@ def _sizes(_: Any, __: Any, value: str) -> tuple[int, ...]:
 @click.option("--svm", default="reference", help="reference: LIBLINEAR; fast: all at once.")
 @click.option("--jobs", default=os.cpu_count() or 1, help="Heads, and reference SVMs, at a time.")
 @click.option("--out", type=Path, help="Folder of the results.  [default: runs/voc2007/...]")
-@click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
+@cache_option
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
 def main(**given: Any) -> None:
     """Classify VOC2007 at low resolution: the paper's rows and controls, with intervals.

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from benchmarks.common.memo import hash_key
+from benchmarks.common.plots import require_matplotlib
+from benchmarks.common.results import to_json, write_files
+from benchmarks.common.study import Study
 from benchmarks.gap.methods import METHODS
 from benchmarks.gap.run import run as run_every_method
-from benchmarks.gap.study import Study as GapStudy
-from benchmarks.memo import hash_key
-from benchmarks.plots import require_matplotlib
 from benchmarks.voc2007 import fetch, figures, report, tables
 from benchmarks.voc2007.options import Network, Options
-from benchmarks.voc2007.run import Study, open_study, run
+from benchmarks.voc2007.run import PaperStudy, open_study, run
 from featxfer import PROTOCOLS, Degradation, Recipe
-from featxfer.features.extract import default_cache
-from featxfer.files import write_atomic
 
 DEMO_BACKBONE = "tf_efficientnet_lite0"
 
@@ -38,25 +36,22 @@ def run_command(given: Mapping[str, Any]) -> None:
     results = run(study)
     if options.methods == "all":
         results["gap"] = every_method(options, study)
+    pictures = figures.draw(study, results) if options.figures else {}
     files = {
-        "results.json": json.dumps(results, indent=1) + "\n",
+        "results.json": to_json(results),
         "tables.txt": tables.render(results),
         "summary.md": tables.markdown(results),
+        "report.html": report.render(results, pictures),
     }
-    for name, text in files.items():
-        write_atomic(options.out / name, text.encode())
-    pictures = figures.draw(study, results) if options.figures else {}
-    for name, data in pictures.items():
-        write_atomic(options.out / "figures" / name, data)
-    write_atomic(options.out / "report.html", report.render(results, pictures).encode())
+    drawn = {f"figures/{name}": data for name, data in pictures.items()}
+    write_files(options.out, {**files, **drawn})
     click.echo(files["results.json" if given["as_json"] else "tables.txt"], nl=False)
-    written = ", ".join([*files, "report.html"])
-    click.echo(f"\nWrote {written} and {len(pictures)} figures to {options.out}", err=True)
+    click.echo(f"\nWrote {', '.join(files)} and {len(pictures)} figures to {options.out}", err=True)
 
 
-def every_method(options: Options, study: Study) -> dict[str, Any]:
+def every_method(options: Options, study: PaperStudy) -> dict[str, Any]:
     """The table of `benchmarks.gap` on the same devkit, model, views and first protocol."""
-    judge = GapStudy(
+    judge = Study(
         options.backbone,
         options.weights,
         study.data.devkit,
@@ -73,33 +68,20 @@ def parse(given: Mapping[str, Any]) -> Options:
     is_sample = not _sources(given)
     weights = given["weights"] or ("demo" if is_sample else "pretrained")
     backbone = given["backbone"] or (DEMO_BACKBONE if weights == "demo" else "resnet101")
-    return Options(
-        methods=given["methods"],
-        root=given["root"],
-        sample=given["sample"],
-        backbone=backbone,
-        weights=weights,
-        degradation=Degradation(
+    names = {field.name for field in dataclasses.fields(Options)} & given.keys()
+    filled_in = {
+        "backbone": backbone,
+        "weights": weights,
+        "degradation": Degradation(
             given["hr_size"], given["lr_size"], given["kernel"], given["antialias"], given["order"]
         ),
-        clusters=given["clusters"],
-        hidden=given["hidden"],
-        labels=given["labels"],
-        seeds=given["seeds"],
-        protocols=tuple(dict.fromkeys(given["protocol"]))
+        "protocols": tuple(dict.fromkeys(given["protocol"]))
         or (("virtex",) if is_sample else ("vissl",)),
-        ap=given["ap"],
-        network=_network(given),
-        grid=(given["grid_clusters"], given["grid_hidden"]) if given["grid"] else None,
-        figures=given["figures"],
-        out=given["out"] or Path(),
-        cache=given["cache"] or default_cache(),
-        on_error=given["on_error"],
-        precision=given["precision"],
-        compile=given["compile"],
-        svm=given["svm"],
-        jobs=given["jobs"],
-    )
+        "network": _network(given),
+        "grid": (given["grid_clusters"], given["grid_hidden"]) if given["grid"] else None,
+        "out": given["out"] or Path(),
+    }
+    return Options(**{**{name: given[name] for name in names}, **filled_in})
 
 
 def find_root(given: Mapping[str, Any], cache: Path) -> Path | None:
@@ -127,12 +109,8 @@ def _default_out(options: Options) -> Path:
 
 
 def _network(given: Mapping[str, Any]) -> Network:
-    recipe = Recipe(
-        epochs=given["epochs"],
-        batch_size=given["batch_size"],
-        learning_rate=given["learning_rate"],
-        weight_decay=given["weight_decay"],
-    )
+    names = ("epochs", "batch_size", "learning_rate", "weight_decay")
+    recipe = Recipe(**{name: given[name] for name in names})
     return Network(
         given["scaling"], given["standardize"], given["activation"], given["kmeans"], recipe
     )

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from benchmarks.voc2007.options import Options
 from benchmarks.voc2007.sample_devkit import render_sample
 from featxfer import PROTOCOLS, Backbone, Features, VOCDevkit, extract_features
-from featxfer.evaluation.svm import check_classes
+from featxfer.evaluation.protocols import check_classes
 from featxfer.evaluation.voc import Labels
 
 

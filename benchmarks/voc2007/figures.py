@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.plots import new_figure, png
-from benchmarks.voc2007.run import Study
+from benchmarks.common.plots import new_figure, png
+from benchmarks.voc2007.run import PaperStudy
 
 TSNE_ROWS, TSNE_LEAST, TSNE_CLASSES, PAIRS = 1000, 3, 10, 8
 
 
-def draw(study: Study, results: dict[str, Any]) -> dict[str, bytes]:
+def draw(study: PaperStudy, results: dict[str, Any]) -> dict[str, bytes]:
     """All pictures by file name."""
     pictures = {
         f"ap_{protocol}.png": ap_bars(table, results["data"]["classes"], protocol)
@@ -46,7 +46,7 @@ def ap_bars(table: dict[str, Any], classes: list[str], protocol: str) -> bytes:
     return png(figure)
 
 
-def tsne(study: Study) -> bytes:
+def tsne(study: PaperStudy) -> bytes:
     """HR, LR and transferred LR test features in two dimensions, coloured by class.
 
     Images of the 10 most frequent classes that have a single class among all; at most 1,000.
@@ -76,7 +76,7 @@ def tsne(study: Study) -> bytes:
     return png(figure)
 
 
-def image_pairs(study: Study) -> bytes:
+def image_pairs(study: PaperStudy) -> bytes:
     """HR views above LR views of images spread over the test split."""
     degradation = study.options.degradation
     kept = study.data.test.features.ids
@@ -94,7 +94,7 @@ def image_pairs(study: Study) -> bytes:
     return png(figure)
 
 
-def _single_class_rows(study: Study) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _single_class_rows(study: PaperStudy) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Test rows with a single, frequent class; the colour of each; the classes' names."""
     labels, classes = study.data.test.labels == 1, study.data.devkit.classes
     single = labels.sum(1) == 1

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from joblib import Parallel, delayed
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.memo import hash_key
-from benchmarks.versions import versions
+from benchmarks.common.memo import hash_key
+from benchmarks.common.method import Method
+from benchmarks.common.ridge import ridge
+from benchmarks.common.versions import versions
 from benchmarks.voc2007.data import Data
 from benchmarks.voc2007.options import Network
 from featxfer import (
@@ -115,12 +116,12 @@ class Transfer:
         return FeatureTransferHead.from_pretrained(self._trained(sizes, seed))
 
     def log(self, sizes: Sizes, seed: int) -> dict[str, Any]:
-        """Loss and label accuracy of its last epoch, and seconds of training."""
+        """Loss and match rate of its last epoch, and seconds of training."""
         details = load_head(self._trained(sizes, seed))[1].details
         epochs = details["log"]
         return {
             "loss": epochs[-1]["loss"],
-            "label_accuracy": epochs[-1]["label_accuracy"],
+            "match_rate": epochs[-1]["match_rate"],
             "seconds": sum(epoch["seconds"] for epoch in epochs),
         }
 
@@ -166,19 +167,8 @@ def _is_finished(head: Path) -> bool:
     return (head / "card.json").is_file()
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of Table 1.
-
-    Args:
-        label: as printed.
-        make: the training and test features of one seed.
-        seeded: whether the seed matters.
-    """
-
-    label: str
-    make: Callable[[int], Pair]
-    seeded: bool = True
+Row = Method[[int], Pair]
+"""Of Table 1: from a seed to the features of the training and the test rows."""
 
 
 def table_rows(data: Data, transfer: Transfer, sizes: Sizes) -> dict[str, Row]:
@@ -206,28 +196,16 @@ def table_rows(data: Data, transfer: Transfer, sizes: Sizes) -> dict[str, Row]:
 
     note = {"nearest": "the paper's head (nearest labels)", "paired": "head on paired labels"}
     return {
-        "baseline-hr": Row("Baseline-HR", lambda _: hr, seeded=False),
-        "baseline-lr": Row("Baseline-LR", lambda _: lr, seeded=False),
-        sizes.labels: Row(note[sizes.labels], through_head(sizes.labels, "output")),
-        other: Row(note[other], through_head(other, "output")),
-        "hidden": Row(f"its {n1} hidden activations", through_head(sizes.labels, "hidden")),
-        "random": Row(f"untrained random layer of {n1}", random_layer),
-        "centroids": Row(f"{k} closed-form centroid scores", closed_form),
-        "ridge": Row("ridge regression LR -> HR", lambda _: ridge(lr, hr[0]), seeded=False),
-        "pca": Row(f"PCA whitening to {k}", lambda _: pca_whitening(lr, k), seeded=False),
+        "baseline-hr": Method(("Baseline-HR",), lambda _: hr, seeded=False),
+        "baseline-lr": Method(("Baseline-LR",), lambda _: lr, seeded=False),
+        sizes.labels: Method((note[sizes.labels],), through_head(sizes.labels, "output")),
+        other: Method((note[other],), through_head(other, "output")),
+        "hidden": Method((f"its {n1} hidden activations",), through_head(sizes.labels, "hidden")),
+        "random": Method((f"untrained random layer of {n1}",), random_layer),
+        "centroids": Method((f"{k} closed-form centroid scores",), closed_form),
+        "ridge": Method(("ridge regression LR -> HR",), lambda _: ridge(lr, hr[0]), seeded=False),
+        "pca": Method((f"PCA whitening to {k}",), lambda _: pca_whitening(lr, k), seeded=False),
     }
-
-
-def ridge(lr: Pair, hr: Tensor) -> Pair:
-    """LR features mapped to the HR features of the same training images, in closed form.
-
-    The penalty is chosen from 10^-2 ... 10^4 by leave-one-out error on the training rows.
-    """
-    from sklearn.linear_model import RidgeCV
-
-    model = RidgeCV(alphas=np.logspace(-2, 4, 13)).fit(lr[0].double().numpy(), hr.double().numpy())
-    train, test = (torch.from_numpy(model.predict(rows.double().numpy())).float() for rows in lr)
-    return train, test
 
 
 def pca_whitening(lr: Pair, components: int) -> Pair:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,18 @@ from featxfer.modules.head import ACTIVATIONS
 from featxfer.modules.scaling import SCALINGS
 from featxfer.training.pseudo_labels import ASSIGNMENTS, BACKENDS
 
-METHODS = ("paper", "all")
-
 SVMS = {"reference": "liblinear", "fast": "batched"}
 """Solvers of `train_svms` by the name for `--svm`."""
+
+CHOICES: Mapping[str, Collection[str]] = {
+    "methods": ("paper", "all"),
+    "precision": PRECISIONS,
+    "compile": COMPILE,
+    "svm": SVMS,
+    "labels": ASSIGNMENTS,
+    "ap": AVERAGE_PRECISIONS,
+}
+"""Values of an option by its name."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +82,12 @@ class Options:
     jobs: int
 
     def __post_init__(self) -> None:
-        check_integer("clusters", self.clusters, at_least=1)
-        check_integer("hidden", self.hidden, at_least=1)
-        check_integer("seeds", self.seeds, at_least=1)
-        check_integer("jobs", self.jobs, at_least=1)
-        check_choice("methods", self.methods, METHODS)
+        for name in ("clusters", "hidden", "seeds", "jobs"):
+            check_integer(name, getattr(self, name), at_least=1)
         if self.methods == "all" and self.on_error != "raise":
             raise ValueError(f"on_error: got {self.on_error!r} with methods 'all', wanted 'raise'")
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("compile", self.compile, COMPILE)
-        check_choice("svm", self.svm, SVMS)
-        check_choice("labels", self.labels, ASSIGNMENTS)
-        check_choice("ap", self.ap, AVERAGE_PRECISIONS)
+        for name, known in CHOICES.items():
+            check_choice(name, getattr(self, name), known)
         for protocol in self.protocols:
             check_choice("protocol", protocol, PROTOCOLS)
         for size in [size for sizes in self.grid or () for size in sizes]:
@@ -105,21 +108,12 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """What results depend on, as JSON types; no paths of this machine."""
+        names = ("backbone", "clusters", "hidden", "protocols", "grid", *CHOICES)
         return {
-            "methods": self.methods,
+            **{name: getattr(self, name) for name in names},
             "data": self.data_name,
-            "backbone": self.backbone,
             "weights": self.weights if self.weights in ("pretrained", "demo", "random") else "file",
             "degradation": self.degradation.to_dict(),
-            "clusters": self.clusters,
-            "hidden": self.hidden,
-            "labels": self.labels,
             "seeds": list(range(self.seeds)),
-            "protocols": list(self.protocols),
-            "ap": self.ap,
-            "precision": self.precision,
-            "compile": self.compile,
-            "svm": self.svm,
             "network": self.network.to_dict(),
-            "grid": self.grid,
         }

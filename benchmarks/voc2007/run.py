@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.memo import Memo, hash_key
-from benchmarks.versions import versions
+from benchmarks.common.intervals import gaps, summarise
+from benchmarks.common.memo import Memo, hash_key
+from benchmarks.common.versions import versions
 from benchmarks.voc2007.data import Data, check_devkit, load_data, open_devkit
 from benchmarks.voc2007.methods import Row, Sizes, Transfer, table_rows
 from benchmarks.voc2007.options import SVMS, Options
-from featxfer import PROTOCOLS, Backbone, gap_recovered, train_svms
-from featxfer.evaluation.metrics import AVERAGE_PRECISIONS, confidence_interval
+from featxfer import PROTOCOLS, Backbone, train_svms
+from featxfer.evaluation.metrics import AVERAGE_PRECISIONS
 from featxfer.evaluation.svm import average_precisions
 from featxfer_integrations import load_backbone
 
@@ -26,7 +27,7 @@ Results = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class PaperStudy:
     """All that a run works on."""
 
     options: Options
@@ -41,7 +42,7 @@ class Study:
         return Sizes(self.options.clusters, self.options.hidden, self.options.labels)
 
 
-def open_study(options: Options) -> Study:
+def open_study(options: Options) -> PaperStudy:
     """Checks what can be checked early, then takes the features."""
     devkit = open_devkit(options)
     check_devkit(options, devkit)
@@ -57,10 +58,10 @@ def open_study(options: Options) -> Study:
         (backbone.name, backbone.weights_sha256, options.degradation),
         options.precision,
     )
-    return Study(options, data, transfer, backbone, Memo(options.cache / "rows"))
+    return PaperStudy(options, data, transfer, backbone, Memo(options.cache / "rows"))
 
 
-def run(study: Study) -> Results:
+def run(study: PaperStudy) -> Results:
     """Every figure of the tables, computed or read from earlier, interrupted runs."""
     options, transfer = study.options, study.transfer
     seeds = range(options.seeds)
@@ -85,7 +86,7 @@ def run(study: Study) -> Results:
     return results
 
 
-def _heads(study: Study) -> list[tuple[Sizes, int]]:
+def _heads(study: PaperStudy) -> list[tuple[Sizes, int]]:
     """Sizes and seeds of all heads in the tables."""
     options = study.options
     sizes = [dataclasses.replace(study.sizes, labels=labels) for labels in ("nearest", "paired")]
@@ -94,7 +95,7 @@ def _heads(study: Study) -> list[tuple[Sizes, int]]:
     return [(size, seed) for size in dict.fromkeys(sizes) for seed in range(options.seeds)]
 
 
-def score(study: Study, row: Row, sizes: Sizes, seed: int, protocol: str) -> dict[str, Any]:
+def score(study: PaperStudy, row: Row, sizes: Sizes, seed: int, protocol: str) -> dict[str, Any]:
     """SVMs of one row, seed and protocol: AP a class by every definition, C, fits, seconds."""
     splits = (study.data.trainval, study.data.test)
     key = {
@@ -110,8 +111,8 @@ def score(study: Study, row: Row, sizes: Sizes, seed: int, protocol: str) -> dic
     return study.memo.get(key, lambda: _score(study, row, seed, protocol))
 
 
-def _score(study: Study, row: Row, seed: int, protocol: str) -> dict[str, Any]:
-    train, test = row.make(seed)
+def _score(study: PaperStudy, row: Row, seed: int, protocol: str) -> dict[str, Any]:
+    train, test = row.run(seed)
     labels, start = study.data.trainval.labels, time.perf_counter()
     name = f"{protocol}: {row.label}, seed {seed}"
     with tqdm(total=labels.shape[1], desc=name, unit="svm", disable=None, leave=False) as bar:
@@ -134,10 +135,10 @@ def _score(study: Study, row: Row, seed: int, protocol: str) -> dict[str, Any]:
     }
 
 
-def _table1(study: Study, rows: dict[str, Row], protocol: str) -> dict[str, Any]:
+def _table1(study: PaperStudy, rows: dict[str, Row], protocol: str) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for name, row in rows.items():
-        seeds = range(study.options.seeds) if row.seeded else range(1)
+        seeds = row.seeds(study.options.seeds)
         scores = [score(study, row, study.sizes, seed, protocol) for seed in seeds]
         per_class = np.array([s["ap"][study.options.ap] for s in scores])
         table[name] = {
@@ -152,7 +153,7 @@ def _table1(study: Study, rows: dict[str, Row], protocol: str) -> dict[str, Any]
     return table
 
 
-def _table2(study: Study, grid: tuple[Sequence[int], Sequence[int]]) -> dict[str, Any]:
+def _table2(study: PaperStudy, grid: tuple[Sequence[int], Sequence[int]]) -> dict[str, Any]:
     """MAP of the head over N2 = k and N1, by the first protocol."""
     options, cells = study.options, []
     for k in grid[0]:
@@ -166,20 +167,3 @@ def _table2(study: Study, grid: tuple[Sequence[int], Sequence[int]]) -> dict[str
             values = [float(np.mean(s["ap"][options.ap])) for s in scores]
             cells.append({"clusters": k, "hidden": hidden, "map": summarise(values)})
     return {"protocol": options.protocols[0], "cells": cells}
-
-
-def summarise(values: list[float]) -> dict[str, Any]:
-    """Values over seeds with their mean and 95% interval; JSON null where one seed gives none."""
-    interval = confidence_interval(values)
-    several = len(values) > 1
-    return {
-        "values": values,
-        "mean": interval.mean,
-        "low": interval.low if several else None,
-        "high": interval.high if several else None,
-    }
-
-
-def gaps(values: list[float], lr: float, hr: float) -> dict[str, Any] | None:
-    """Gap recovered over seeds; None where HR is not above LR, so that there is no gap."""
-    return summarise([gap_recovered(value, lr, hr) for value in values]) if hr > lr else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from benchmarks.common.markdown import Column, to_markdown
 from benchmarks.gap import tables as gap
 from benchmarks.voc2007 import paper
 
@@ -80,25 +82,26 @@ def summary(table: dict[str, Any], classes: list[str]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The mAP and the gap recovered of each row under every protocol, as a Markdown table."""
+    """The mAP and the gap recovered of each row under every protocol, in Markdown."""
     tables = results["table1"]
-    heads = [f"{name}: mAP % | {name}: gap recovered %" for name in tables]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (1 + 2 * len(tables)) + "|"]
-    for row, entry in next(iter(tables.values())).items():
-        cells = [entry["label"]]
-        for table in tables.values():
-            gap = table[row]["gap_recovered"]
-            cells += [plus_minus(table[row]["map"]), plus_minus(gap) if gap else "no gap"]
-        lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    columns: list[Column[str]] = [("", lambda name: next(iter(tables.values()))[name]["label"])]
+    for protocol, table in tables.items():
+        columns.append((f"{protocol}: mAP %", partial(_cell, table, "map")))
+        columns.append((f"{protocol}: gap recovered %", partial(_cell, table, "gap_recovered")))
+    text = to_markdown(next(iter(tables.values())), columns)
     return text + "\n" + every_method(results["gap"]) if "gap" in results else text
+
+
+def _cell(table: dict[str, Any], name: str, row: str) -> str:
+    summary = table[row][name]
+    return in_percent(summary) if summary else "no gap"
 
 
 def every_method(found: dict[str, Any]) -> str:
     """The gap benchmark's two tables, in Markdown."""
     return (
         f"Every method, protocol {found['config']['protocol']}, batched solver:\n\n"
-        f"{gap.to_markdown(found['table'])}\nFew labels:\n\n{gap.few_labels(found['table'])}"
+        f"{gap.all_rows(found['table'])}\nFew labels:\n\n{gap.few_labels(found['table'])}"
     )
 
 
@@ -135,7 +138,7 @@ def grid(table2: dict[str, Any], classes: list[str]) -> str:
     lines.append(f"{'':6}" + "".join(f"{hidden:>16}" for hidden in hiddens))
     for k in ks:
         values = (cells[k, hidden] for hidden in hiddens)
-        lines.append(f"{k:<6}" + "".join(f"{plus_minus(value):>16}" for value in values))
+        lines.append(f"{k:<6}" + "".join(f"{in_percent(value):>16}" for value in values))
     if classes == paper.CLASSES:
         lines.append(f"{'[1]':6}" + "".join(f"{hidden:>16}" for hidden in paper.TABLE2[100]))
         for k, row in paper.TABLE2.items():
@@ -161,7 +164,7 @@ def interval(summary: dict[str, Any]) -> str:
     return f"[{percent(summary['low'])}, {percent(summary['high'])}]"
 
 
-def plus_minus(summary: dict[str, Any]) -> str:
+def in_percent(summary: dict[str, Any]) -> str:
     """`mean ± half width` in percent, or the mean alone."""
     if summary["low"] is None:
         return percent(summary["mean"])

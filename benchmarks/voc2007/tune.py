@@ -8,7 +8,6 @@ times, with one seed.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from benchmarks.memo import Memo, hash_key
-from benchmarks.shell import told_errors
-from benchmarks.versions import versions
+from benchmarks.common.memo import Memo, hash_key
+from benchmarks.common.results import to_json, write_files
+from benchmarks.common.shell import cache_option, root_option, told_errors
+from benchmarks.common.versions import versions
 from benchmarks.voc2007.command import DEMO_BACKBONE
 from benchmarks.voc2007.methods import Sizes, Transfer
 from benchmarks.voc2007.options import Network
@@ -37,8 +37,6 @@ from featxfer import (
 )
 from featxfer.evaluation.svm import average_precisions
 from featxfer.evaluation.voc import Labels
-from featxfer.features.extract import default_cache
-from featxfer.files import write_atomic
 from featxfer_integrations import load_backbone
 
 FOLDS = 3
@@ -97,18 +95,16 @@ def choices() -> Iterator[tuple[str, Choice]]:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--root", type=Path, required=True, help="A devkit in VOC layout.")
+@root_option
 @click.option("--backbone", default=DEMO_BACKBONE)
 @click.option("--weights", default="demo")
 @click.option("--lr-size", default=32)
-@click.option("--cache", type=Path, help="[default: $FEATXFER_CACHE or ~/.cache/featxfer]")
+@cache_option
 @click.option("--out", type=Path, default=Path("runs") / "voc2007" / "tuning")
-def main(
-    root: Path, backbone: str, weights: str, lr_size: int, cache: Path | None, out: Path
-) -> None:
+def main(root: Path, backbone: str, weights: str, lr_size: int, cache: Path, out: Path) -> None:
     """Compares the choices; writes tuning.json and tuning.txt. May be interrupted and resumed."""
     with told_errors():
-        _tune(root, backbone, weights, lr_size, cache or default_cache(), out)
+        _tune(root, backbone, weights, lr_size, cache, out)
 
 
 def _tune(root: Path, backbone: str, weights: str, lr_size: int, cache: Path, out: Path) -> None:
@@ -136,8 +132,7 @@ def _tune(root: Path, backbone: str, weights: str, lr_size: int, cache: Path, ou
         "baselines": baselines,
         "choices": rows,
     }
-    write_atomic(out / "tuning.json", (json.dumps(results, indent=1) + "\n").encode())
-    write_atomic(out / "tuning.txt", table(results).encode())
+    write_files(out, {"tuning.json": to_json(results), "tuning.txt": table(results)})
     click.echo(table(results))
     click.echo(f"Wrote tuning.json and tuning.txt to {out}", err=True)
 

@@ -6,89 +6,23 @@ scaling; the protocols here are other works' and ours.
 
 from __future__ import annotations
 
-import math
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from featxfer.checks import ArrayLike, as_features, check_choice, check_integer
+from featxfer.checks import ArrayLike, as_features, check_choice
 from featxfer.evaluation.batched_svm import SingularBasis, solve
+from featxfer.evaluation.liblinear import Matrix, Trained, train_liblinear
 from featxfer.evaluation.metrics import average_precision
+from featxfer.evaluation.protocols import Protocol, check_classes, targets_of
 
 SOLVERS = ("liblinear", "batched")
-Matrix: TypeAlias = npt.NDArray[np.float64]
-Trained: TypeAlias = tuple[Matrix, float, float, int, int]
-"""Of one class: weights, intercept, the chosen C, fits that did not converge, all fits."""
-
 _NORM_FLOOR = 1e-5
-_LIBLINEAR = threading.Lock()
-"""Held while LIBLINEAR runs, which draws from one random state a process."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How SVMs are trained.
-
-    Args:
-        name: the protocol's name.
-        costs: values of C. With more than one, each class takes the value with the highest mean
-            AP ("step") over stratified folds, the first of equals.
-        folds: number of folds, where there is a choice of C.
-        normalize: whether rows are divided by their L2 norm (plus 1e-5, as VISSL does).
-        positive_weight: weight of positive rows, where negative ones weigh 1.
-        difficult: what a training image with only difficult instances of the class is: "negative",
-            or "ignored". At test it is always ignored.
-        max_iter: of LIBLINEAR's dual coordinate descent.
-
-    Raises:
-        ValueError: a value outside of these.
-    """
-
-    name: str
-    costs: tuple[float, ...]
-    folds: int = 3
-    normalize: bool = True
-    positive_weight: float = 2.0
-    difficult: str = "negative"
-    max_iter: int = 2000
-
-    def __post_init__(self) -> None:
-        check_choice("difficult", self.difficult, ("negative", "ignored"))
-        check_integer("folds", self.folds, at_least=2)
-        check_integer("max_iter", self.max_iter, at_least=1)
-        if not self.costs or not all(0 < cost < math.inf for cost in self.costs):
-            raise ValueError(f"costs: got {self.costs}, wanted at least one value of C > 0")
-        if not 0 < self.positive_weight < math.inf:
-            raise ValueError(f"positive_weight: got {self.positive_weight!r}, wanted > 0")
-
-
-PROTOCOLS = MappingProxyType(
-    {
-        # Goyal et al. 2019 as VISSL's configuration for VOC07 has it.
-        "vissl": Protocol("vissl", (0.01, 0.1, 1.0, 2, 5, 10, 15, 20, 50, 100, 1000)),
-        # Desai and Johnson 2021, VirTex's script for VOC07.
-        "virtex": Protocol("virtex", (0.01, 0.1, 1.0, 10.0)),
-        # Ours: a plain call without any choice, nearest to what the paper may have done.
-        "plain": Protocol(
-            "plain",
-            (1.0,),
-            normalize=False,
-            positive_weight=1.0,
-            difficult="ignored",
-            max_iter=10000,
-        ),
-    }
-)
-"""The protocols by name."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +155,7 @@ def train_svms(
     check_classes(labels, protocol)
     train = _train_batched
     if solver == "liblinear":
-        train = partial(_train_liblinear, seed or 0, 1 if jobs is None else jobs)
+        train = partial(train_liblinear, seed or 0, 1 if jobs is None else jobs)
     trained = []
     for result in train(_scale(rows, protocol), labels, protocol):
         trained.append(result)
@@ -231,19 +165,6 @@ def train_svms(
     return LinearSVMs(
         protocol, np.stack(coef), np.array(intercept), costs, sum(unconverged), sum(fits)
     )
-
-
-def _train_liblinear(
-    seed: int, jobs: int, rows: Matrix, labels: npt.NDArray[np.integer], protocol: Protocol
-) -> Iterator[Trained]:
-    from joblib import Parallel, delayed
-
-    rotated, basis = _rotate(rows)
-    for coef, *rest in Parallel(n_jobs=jobs, return_as="generator")(
-        delayed(_train_class)(rotated, labels[:, column], protocol, seed)
-        for column in range(labels.shape[1])
-    ):
-        yield (coef @ basis, *rest)
 
 
 def _train_batched(
@@ -300,31 +221,9 @@ def _held_out(
     """Indices of the rows that each fold of a class holds out."""
     from sklearn.model_selection import StratifiedKFold
 
-    used, targets = _targets(labels, protocol)
+    used, targets = targets_of(labels, protocol)
     for _, rows in StratifiedKFold(protocol.folds).split(targets, targets):
         yield np.flatnonzero(used)[rows]
-
-
-def check_classes(
-    labels: npt.NDArray[np.integer], protocol: Protocol, names: Sequence[str] | None = None
-) -> None:
-    """Raises `ValueError` for a class with too few positive or negative rows for the folds.
-
-    Args:
-        labels: `(n, classes)` in {1, 0, -1}.
-        protocol: see `PROTOCOLS`.
-        names: of the classes, for the message.
-    """
-    least = protocol.folds if len(protocol.costs) > 1 else 1
-    for column, name in enumerate(names or [str(c) for c in range(labels.shape[1])]):
-        targets = _targets(labels[:, column], protocol)[1]
-        for kind, sign in (("positive", 1), ("negative", -1)):
-            count = int((targets == sign).sum())
-            if count < least:
-                raise ValueError(
-                    f"labels: class {name} has {count} {kind} rows, "
-                    f"protocol {protocol.name!r} wants at least {least}"
-                )
 
 
 def average_precisions(
@@ -344,73 +243,3 @@ def _scale(rows: torch.Tensor, protocol: Protocol) -> Matrix:
     if protocol.normalize:
         values /= np.linalg.norm(values, axis=1, keepdims=True) + _NORM_FLOOR
     return values
-
-
-def _rotate(rows: Matrix) -> tuple[Matrix, Matrix]:
-    """Rows `(n, d)` in an orthonormal basis of their own span, `(n, r)` and `(r, d)`.
-
-    With d > n this leaves r = n columns. The solver's steps depend on the rows' inner products
-    alone, which stay as they are, so only rounding differs; `coef @ basis` is in the old basis.
-    """
-    if rows.shape[1] <= rows.shape[0]:
-        return rows, np.eye(rows.shape[1])
-    orthonormal, triangular = np.linalg.qr(rows.T)
-    return np.ascontiguousarray(triangular.T), orthonormal.T
-
-
-def _targets(
-    labels: npt.NDArray[np.integer], protocol: Protocol
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
-    """Which rows are used, and their targets in {1, -1}."""
-    used = labels != 0 if protocol.difficult == "ignored" else np.ones(len(labels), dtype=bool)
-    return used, np.where(labels[used] == 1, 1, -1)
-
-
-def _train_class(
-    rows: Matrix, labels: npt.NDArray[np.integer], protocol: Protocol, seed: int
-) -> tuple[Matrix, float, float, int, int]:
-    used, targets = _targets(labels, protocol)
-    rows = rows if used.all() else rows[used]
-    cost, unconverged, fits = _choose_cost(rows, targets, protocol, seed)
-    model, stopped = _fit(rows, targets, cost, protocol, seed)
-    return model.coef_[0], float(model.intercept_[0]), cost, unconverged + stopped, fits + 1
-
-
-def _choose_cost(
-    rows: Matrix, targets: npt.NDArray[np.int64], protocol: Protocol, seed: int
-) -> tuple[float, int, int]:
-    """The C with the highest mean AP over the folds; fits that did not converge, and all fits."""
-    from sklearn.model_selection import StratifiedKFold
-
-    if len(protocol.costs) == 1:
-        return protocol.costs[0], 0, 0
-    scores = np.zeros((protocol.folds, len(protocol.costs)))
-    unconverged = 0
-    for fold, (train, held_out) in enumerate(StratifiedKFold(protocol.folds).split(rows, targets)):
-        train_rows, held_out_rows = rows[train], rows[held_out]
-        for i, cost in enumerate(protocol.costs):
-            model, stopped = _fit(train_rows, targets[train], cost, protocol, seed)
-            decisions = model.decision_function(held_out_rows)
-            scores[fold, i] = average_precision(decisions, targets[held_out], "step")
-            unconverged += stopped
-    return protocol.costs[int(scores.mean(0).argmax())], unconverged, scores.size
-
-
-def _fit(
-    rows: Matrix, targets: npt.NDArray[np.int64], cost: float, protocol: Protocol, seed: int
-) -> tuple[Any, bool]:
-    """A fitted `LinearSVC`, and whether it stopped at `max_iter`."""
-    from sklearn.svm import LinearSVC
-
-    model = LinearSVC(
-        C=cost,
-        class_weight={1: protocol.positive_weight, -1: 1.0},
-        dual=True,
-        max_iter=protocol.max_iter,
-        random_state=seed,
-    )
-    with _LIBLINEAR, warnings.catch_warnings():
-        # Counted instead: LinearSVMs.unconverged.
-        warnings.filterwarnings("ignore", message="Liblinear failed to converge")
-        model.fit(rows, targets)
-    return model, model.n_iter_ >= protocol.max_iter

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from featxfer.views.images import SUFFIXES, Images, from_files
+from featxfer.views.decode import suffixes
+from featxfer.views.images import Images, from_files
 
 Labels = npt.NDArray[np.int8]
 """`(n, classes)`: 1 the class is there, -1 it is not, 0 only difficult instances of it are."""
@@ -136,7 +137,7 @@ class VOCDevkit:
 
     def _image_path(self, name: str) -> Path:
         folder = self.root / "JPEGImages"
-        candidates = (folder / f"{name}{suffix}" for suffix in SUFFIXES)
+        candidates = (folder / f"{name}{suffix}" for suffix in suffixes())
         return next((p for p in candidates if p.is_file()), folder / f"{name}.jpg")
 
     def _splits(self) -> str:

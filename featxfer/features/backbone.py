@@ -6,7 +6,7 @@ import dis
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -237,7 +237,10 @@ def frozen(module: nn.Module) -> Iterator[None]:
     with modes_kept(module), torch.no_grad():
         if any(child.training for child in module.modules()):
             module.eval()
-            _check_eval(module.modules())
+            for child in module.modules():
+                if child.training:
+                    kind = type(child).__name__
+                    raise ValueError(f"module: {kind} stays in training mode after eval()")
         yield
 
 
@@ -253,9 +256,3 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
                 child.train(mode)
         for child, mode in modes.items():  # where a module's own train does something else
             child.training = mode
-
-
-def _check_eval(modules: Iterable[nn.Module]) -> None:
-    for module in modules:
-        if module.training:
-            raise ValueError(f"module: {type(module).__name__} stays in training mode after eval()")

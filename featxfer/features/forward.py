@@ -120,7 +120,8 @@ class Forward:
             for start in range(0, len(pixels), self.batch_size):
                 batch = list(pixels[start : start + self.batch_size])
                 count = len(batch)
-                batch += [batch[-1]] * (self.batch_size - count if self._fixed else 0)
+                if self.arithmetic.compiled:  # each shape is another compilation
+                    batch += [batch[-1]] * (self.batch_size - count)
                 images = torch.stack(batch).to(self.device, non_blocking=True)
                 output = self._module(self.backbone.preprocessing(images))
                 rows.append(self._rows(output, len(batch))[:count])
@@ -128,9 +129,11 @@ class Forward:
         return torch.cat(rows)
 
     @property
-    def _fixed(self) -> bool:
-        """Whether each shape costs: of a compilation, or of a search for the fastest kernels."""
-        return self.arithmetic.compiled
+    def is_short(self) -> bool:
+        """Whether numbers shorter than float32 are in use, of weights too."""
+        weights = {parameter.dtype for parameter in self.backbone.module.parameters()}
+        half = not weights.isdisjoint({torch.float16, torch.bfloat16})
+        return half or self.arithmetic.bf16 or bool(self.arithmetic.rounding)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if not self.arithmetic.bf16:

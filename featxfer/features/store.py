@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ FORMAT = 1
 
 _ROWS = "rows"
 """The only metadata of a part: safetensors writes several in no fixed order."""
-
 
 _NO_ROWS = torch.empty(0, 0, device="cpu")
 
@@ -84,7 +83,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Rows:
+class FeatureRows:
     """Rows of a store or of one part of it.
 
     Args:
@@ -96,6 +95,14 @@ class Rows:
     ids: tuple[str, ...]
     features: Tensor
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def without(self, names: Collection[str]) -> FeatureRows:
+        """The rows of the other images."""
+        kept = [row for row, name in enumerate(self.ids) if name not in names]
+        if len(kept) == len(self.ids):
+            return self
+        ids = tuple(self.ids[row] for row in kept)
+        return dataclasses.replace(self, ids=ids, features=self.features[kept])
 
 
 class FeatureStore:
@@ -153,7 +160,7 @@ class FeatureStore:
         found = self.parts()
         return [index for index in range(self.part_count) if index not in found]
 
-    def write_part(self, index: int, rows: Rows) -> None:
+    def write_part(self, index: int, rows: FeatureRows) -> None:
         """Writes part `index` unless it is there already; `DiskError` where the disk refuses."""
         if index in self.parts():
             return
@@ -169,43 +176,31 @@ class FeatureStore:
         for path in self.directory.glob(f"part-{index:06d}.*.safetensors"):
             path.unlink(missing_ok=True)
 
-    def read_part(self, index: int) -> Rows:
-        """Reads one part; `StoreError` if it is not there or its bytes are not those written."""
-        return read_rows(self._there(index, self.parts().get(index)))
-
-    def read(self) -> Rows:
+    def read(self) -> FeatureRows:
         """Reads all rows; `StoreError` if a part is missing or damaged."""
-        found = self.parts()
-        parts = [read_rows(self._there(part, found.get(part))) for part in range(self.part_count)]
-        return Rows(
+        parts = [read_rows(path) for path in self._all_parts()]
+        return FeatureRows(
             tuple(name for part in parts for name in part.ids),
             torch.cat([part.features for part in parts if part.ids] or [_NO_ROWS]),
             {name: reason for part in parts for name, reason in part.skipped.items()},
         )
 
-    def open_rows(self) -> StoredRows:
+    def open_rows(self) -> MappedRows:
         """All rows, left on disk until they are taken; errors as `read`."""
-        found = self.parts()
-        described = [self._described(index, found.get(index)) for index in range(self.part_count)]
-        return StoredRows(
+        described = [(_describe(_whole(path)), path) for path in self._all_parts()]
+        return MappedRows(
             tuple(name for part, _ in described for name in part["ids"]),
             [_mapped(path) for part, path in described if part["ids"]],
             {n: reason for part, _ in described for n, reason in part["skipped"].items()},
         )
 
-    def _described(self, index: int, found: Path | None) -> tuple[dict[str, Any], Path]:
-        path = self._there(index, found)
-        return _describe(_whole(path)), path
-
-    def damaged_parts(self) -> list[Path]:
-        """The files of finished parts whose bytes are not those that were written."""
-        return damaged_parts(self.directory)
-
-    def _there(self, index: int, path: Path | None) -> Path:
-        """The file of a part; `StoreError` where there is none."""
-        if path is None:
-            raise StoreError(f"{self.directory}: part {index} of {self.part_count} is missing")
-        return path
+    def _all_parts(self) -> list[Path]:
+        """The file of each part; `StoreError` where there is none."""
+        found = self.parts()
+        for part in range(self.part_count):
+            if part not in found:
+                raise StoreError(f"{self.directory}: part {part} of {self.part_count} is missing")
+        return [found[part] for part in range(self.part_count)]
 
     def parts(self) -> dict[int, Path]:
         """The file of each part that is there, by its index, by one look at the folder.
@@ -217,7 +212,7 @@ class FeatureStore:
 
 
 @dataclass(frozen=True)
-class StoredRows:
+class MappedRows:
     """Rows of a finished store, mapped into memory: the system reads them as they are taken.
 
     Args:
@@ -232,6 +227,17 @@ class StoredRows:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def without(self, names: Collection[str]) -> MappedRows:
+        """The rows of the other images; parts that lose none stay on disk."""
+        parts, start = [], 0
+        for part in self.parts:
+            ids = self.ids[start : start + len(part)]
+            kept = [row for row, name in enumerate(ids) if name not in names]
+            parts.append(part if len(kept) == len(ids) else part[kept])
+            start += len(part)
+        left = tuple(name for name in self.ids if name not in names)
+        return dataclasses.replace(self, ids=left, parts=[part for part in parts if len(part)])
 
     def take(self, indices: Tensor) -> Tensor:
         """Rows by index, `(len(indices), d)`, in the dtype that they were written in."""
@@ -258,12 +264,12 @@ def damaged_parts(directory: Path) -> list[Path]:
     ]
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> FeatureRows:
     """Rows of a finished part's file; `StoreError` if its bytes are not those written."""
     data = _whole(path)
     described = _describe(data)
     features = safetensors.torch.load(data)["features"]
-    return Rows(tuple(described["ids"]), features, described["skipped"])
+    return FeatureRows(tuple(described["ids"]), features, described["skipped"])
 
 
 def read_skipped(path: Path) -> dict[str, str]:
@@ -304,7 +310,7 @@ def _describe(data: bytes) -> dict[str, Any]:
     return described
 
 
-def align(stores: Sequence[Rows | StoredRows]) -> None:
+def align(stores: Sequence[FeatureRows | MappedRows]) -> None:
     """Raises `StoreError` unless all hold the same images in the same order."""
     first = stores[0]
     for other in stores[1:]:

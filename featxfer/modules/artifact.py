@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,11 @@ import torch
 from torch import Tensor
 
 from featxfer.files import write_together
-from featxfer.modules.block import FeatureTransferBlock
-from featxfer.modules.head import FeatureTransferHead
-from featxfer.modules.hub import TransferModule
+from featxfer.modules.base import Card, TransferModule
 from featxfer.views.degradation import BaseDegradation
 
 FORMAT = 3
 WEIGHTS, CARD, README = "head.safetensors", "card.json", "README.md"
-KINDS: Mapping[str, type[TransferModule]] = {
-    cls.kind: cls for cls in (FeatureTransferHead, FeatureTransferBlock)
-}
 _BUFFER_DTYPES = {torch.float32, torch.float64}
 _CARD_LIMIT = 1 << 20
 _HEADER_LIMIT = 1 << 16
@@ -33,23 +27,6 @@ _HEADER_LIMIT = 1 << 16
 
 class ArtifactError(ValueError):
     """A saved head that cannot be used; the message says which file and what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What a head was made of and for.
-
-    Args:
-        backbone: the backbone's name.
-        backbone_sha256: hash of its weights (`featxfer.features.backbone.weights_sha256`).
-        degradations: how the LR images were made that it was trained on, one or several.
-        details: the rest, as JSON types: recipe, seeds, diagnostics, data, measured figures.
-    """
-
-    backbone: str
-    backbone_sha256: str
-    degradations: tuple[BaseDegradation, ...]
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_head(head: TransferModule, folder: str | Path, card: Card) -> Path:
@@ -105,7 +82,7 @@ def load_head(
     try:
         # of no memory, so that a card may claim any size
         with torch.device("meta"):
-            head = KINDS[description["kind"]](**description["head"])
+            head = TransferModule.KINDS[description["kind"]](**description["head"])
         tensors = _read_weights(folder / WEIGHTS, description.get("weights_sha256"), head)
         _fill(head, tensors)
         head.card = Card(
@@ -145,9 +122,7 @@ def check_fit(
 def card_readme(kind: str, config: Mapping[str, Any], card: Card) -> str:
     """The card as a README with the front matter that the model hub reads."""
     place = "".join(
-        f', {name}="{card.details[name]}"'
-        for name in ("where", "at", "branch")
-        if name in card.details
+        f', {name}="{card.details[name]}"' for name in ("site", "branch") if name in card.details
     )
     lines = [
         "---",

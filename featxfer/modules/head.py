@@ -10,14 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featxfer.checks import (
-    ArrayLike,
-    as_features,
-    check_choice,
-    check_floating,
-    check_integer,
-)
-from featxfer.modules.hub import TransferModule, he_initialise
+from featxfer.checks import ArrayLike, as_features, check_choice, check_floating, check_integer
+from featxfer.features.backbone import frozen
+from featxfer.modules.base import he_initialise
+from featxfer.modules.hub import HubModule
 from featxfer.modules.scaling import SCALINGS, scale_features, scale_rows
 
 OUTPUTS = ("features", "clusters")
@@ -33,7 +29,7 @@ DROPOUT = {"features": 0.5, "clusters": 0.0}
 """The default of `dropout` by output."""
 
 
-class FeatureTransferHead(TransferModule):
+class FeatureTransferHead(HubModule):
     """The feature transfer network of Wu et al. 2019, sections 3.2 and 4.2, and its residual form.
 
     The paper gives two fully connected layers, their sizes and MSRA (He) initialisation; it states
@@ -213,7 +209,6 @@ class FeatureTransferHead(TransferModule):
             )
         self.centroids.copy_(rows)
 
-    @torch.no_grad()
     def transfer(
         self, features: ArrayLike, *, layer: str = "output", batch_size: int = 4096
     ) -> Tensor:
@@ -233,12 +228,8 @@ class FeatureTransferHead(TransferModule):
         check_integer("batch_size", batch_size, at_least=1)
         rows = as_features("features", features, width=self.in_features)
         run = self.forward if layer == "output" else self.hidden
-        device, training = self.fc1.weight.device, self.training
-        self.eval()
-        try:
-            parts = [run(part.to(device)) for part in rows.split(batch_size)]
-        finally:
-            self.train(training)
+        with frozen(self):
+            parts = [run(part.to(self.fc1.weight.device)) for part in rows.split(batch_size)]
         return torch.cat([part.to("cpu", torch.float32) for part in parts])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,81 +13,102 @@ import safetensors.torch
 from torch import Tensor
 
 from featxfer.files import write_atomic
+from featxfer.training.processes import Processes
+from featxfer.training.state import EpochLog, TrainingState
+
+FORMAT = 2
+"""Of the file; one of another format is refused."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, or of another training; nothing has been changed."""
 
 
-@dataclass(frozen=True)
-class EpochLog:
-    """One epoch: mean loss, label accuracy in [0, 1] while training, first rate and seconds.
+def keep(
+    path: Path, settings: Mapping[str, Any], state: TrainingState, processes: Processes
+) -> None:
+    """Writes a training after an epoch; of several processes the first one does, for all.
 
-    `held_out_loss` is the mean loss on held-out rows after the epoch, None where there are none.
+    Raises `DiskError` as `write_atomic`.
     """
-
-    epoch: int
-    loss: float
-    label_accuracy: float
-    learning_rate: float
-    seconds: float
-    held_out_loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A training after an epoch.
-
-    Args:
-        settings: what it hangs on besides the rows, as JSON types; of dicts each entry is compared.
-        log: an entry an epoch.
-        lowest: the lowest held-out loss; infinity where there are no held-out rows.
-        tensors: by name.
-    """
-
-    settings: Mapping[str, Any]
-    log: Sequence[EpochLog]
-    lowest: float
-    tensors: Mapping[str, Tensor]
-
-
-def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint; raises `DiskError` as `write_atomic`."""
+    tensors = {f"weights.{name}": value for name, value in state.weights().items()}
+    tensors |= {f"best.{name}": value for name, value in state.best.items()}
+    for name, p in state.parameters.items():
+        for part, value in state.optimizer.state.get(p, {}).items():
+            tensors[f"optimizer.{part}.{name}"] = value
+    for kind, generator in state.generators.items():
+        for rank, random in enumerate(processes.gather(generator.get_state())):
+            tensors[f"random.{kind}.{rank}"] = random
     said = {
-        "settings": checkpoint.settings,
-        "log": [dataclasses.asdict(entry) for entry in checkpoint.log],
-        "lowest": checkpoint.lowest,
+        "settings": {"format": FORMAT, **settings},
+        "log": [dataclasses.asdict(entry) for entry in state.log],
+        "lowest": state.lowest,
     }
-    tensors = {
-        name: value.detach().to("cpu", copy=True).contiguous()
-        for name, value in checkpoint.tensors.items()
-    }
-    write_atomic(path, safetensors.torch.save(tensors, {"training": json.dumps(said)}))
+    with processes.together():
+        if processes.rank == 0:
+            own = {n: v.detach().to("cpu", copy=True).contiguous() for n, v in tensors.items()}
+            write_atomic(path, safetensors.torch.save(own, {"training": json.dumps(said)}))
 
 
-def read_checkpoint(
+def resume(
+    path: Path, settings: Mapping[str, Any], state: TrainingState, processes: Processes
+) -> None:
+    """Takes weights, optimizer, randomness and log as after the checkpoint's last epoch.
+
+    Raises `CheckpointError`, in all processes, for one that is damaged, or of other settings or
+    tensors, which are named; nothing has been changed then.
+    """
+    own = state.weights()
+    required = {f"weights.{name}": value for name, value in own.items()}
+    if settings["held_out"]:
+        required |= {f"best.{name}": value for name, value in own.items()}
+    for kind, generator in state.generators.items():
+        for rank in range(processes.size):
+            required[f"random.{kind}.{rank}"] = generator.get_state()
+    moved = [
+        {
+            f"optimizer.{part}.{name}": value
+            for part, value in state.recipe.optimizer_state(p).items()
+        }
+        for name, p in state.parameters.items()
+    ]
+    with processes.together():
+        log, lowest, tensors = _read(path, settings, required, moved)
+        try:
+            for kind, generator in state.generators.items():
+                generator.set_state(tensors[f"random.{kind}.{processes.rank}"])
+        except RuntimeError as error:
+            raise _no_checkpoint(path, str(error)) from error
+    state.optimizer.state.clear()
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "best":
+            state.best[name] = value
+        elif kind == "optimizer":
+            part, _, name = name.partition(".")
+            p = state.parameters[name]
+            state.optimizer.state[p][part] = value.to(p.device)
+    state.restore({name: tensors[f"weights.{name}"] for name in own})
+    state.log.extend(log)
+    state.lowest = lowest
+
+
+def _read(
     path: Path,
     settings: Mapping[str, Any],
     required: Mapping[str, Tensor],
     optional: Sequence[Mapping[str, Tensor]],
-) -> Checkpoint:
-    """Reads a checkpoint of one's own training.
+) -> tuple[list[EpochLog], float, dict[str, Tensor]]:
+    """Log, lowest loss and tensors: all `required`, of each of the `optional` groups all or none.
 
-    Args:
-        path: that `write_checkpoint` wrote.
-        settings: that it has to have.
-        required: tensors as those that it has to have: names, shapes and dtypes.
-        optional: groups of tensors, each of which it has as a whole or not at all.
-
-    Raises:
-        CheckpointError: it is damaged, or of other settings or tensors, which are named.
+    Of both names, shapes and dtypes are compared.
     """
     data = path.read_bytes()
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         said = json.loads(header["__metadata__"]["training"])
-        _check_settings(said["settings"], settings)
+        _check_settings(said["settings"], {"format": FORMAT, **settings})
         log = [EpochLog(**entry) for entry in said["log"]]
         _check_log(log)
         lowest = float(said["lowest"])
@@ -103,10 +123,14 @@ def read_checkpoint(
         why = f"{type(error).__name__}: {error}"
         if isinstance(error, CheckpointError):
             why = str(error)
-        raise CheckpointError(
-            f"{path}: no checkpoint of this training ({why}); delete it to start anew"
-        ) from error
-    return Checkpoint(settings, log, lowest, tensors)
+        raise _no_checkpoint(path, why) from error
+    return log, lowest, tensors
+
+
+def _no_checkpoint(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: no checkpoint of this training ({why}); delete it to start anew"
+    )
 
 
 def _check_settings(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -1,13 +1,13 @@
 """What a head's training minimises: the paper's cross-entropy, and what pairs allow besides.
 
-Objectives of features take enhanced features and the HR features of the same images (or what stands
-for them, see `featxfer.training.unpaired`), both `(n, d)`. `make_objective` makes them by name.
+Objectives of features take enhanced features and the HR features of the same images, both `(n, d)`.
+`make_objective` makes them by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ class Objective(Protocol):
     """A loss of a mini-batch of outputs, of a head mostly, against their targets."""
 
     def __call__(self, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
-        """The mean loss, a scalar with gradient, and the number of right labels, a scalar."""
+        """The mean loss, with gradient, and the number of rows that match their target: scalars."""
         ...
 
     def check(self, outputs: Any, targets: Any, rows: int) -> None:
@@ -36,8 +36,8 @@ class LabelCrossEntropy:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss, and the number of rows whose largest logit is the target's."""
-        right = (outputs.detach().argmax(1) == targets).sum()
-        return F.cross_entropy(outputs, targets), right
+        matches = (outputs.detach().argmax(1) == targets).sum()
+        return F.cross_entropy(outputs, targets), matches
 
     def check(self, outputs: Tensor, targets: Tensor, rows: int) -> None:
         """Raises `ValueError` for other shapes or dtypes, and for labels that have no logit."""
@@ -59,7 +59,7 @@ class PairedRegression:
     - `distance_weight` x squared distance / variance of HR features: it keeps the length of
       features, which a trained classifier needs and cosines do not see.
 
-    A row counts as right where the most similar target of the batch is its own.
+    A row matches where the most similar target of the batch is its own.
 
     Args:
         variance: mean squared distance of HR features to their mean, > 0.
@@ -82,8 +82,8 @@ class PairedRegression:
         """The mean loss, and the number of rows that find their own target in the batch."""
         unit, wanted = F.normalize(outputs, dim=1), F.normalize(targets, dim=1)
         found = (unit.detach() @ wanted.T).argmax(1)
-        right = (found == torch.arange(len(found), device=found.device)).sum()
-        return self.of_directions(outputs, targets, unit, wanted), right
+        matches = (found == torch.arange(len(found), device=found.device)).sum()
+        return self.of_directions(outputs, targets, unit, wanted), matches
 
     def of_directions(
         self, outputs: Tensor, targets: Tensor, unit: Tensor, wanted: Tensor
@@ -107,27 +107,25 @@ class PrototypeDistillation(PairedRegression):
     """Enhanced features against the paired HR features, HR centroids as prototypes (ours).
 
     `PairedRegression`, and with `p(x) = softmax(cos(x, centroids) / T)` the Kullback-Leibler
-    divergence of `p(output)` from `p(target)`, in nats, a mean over rows and clusterings: the
-    paper's idea, HR clusters that teach LR features, with soft labels of the paired image. With
-    `hard` labels it is the cross-entropy (nats) on the target's most similar centroid instead.
+    divergence of `p(output)` from `p(target)`, in nats, a mean over rows: the paper's idea, HR
+    clusters that teach LR features, with soft labels of the paired image. With `hard` labels it is
+    the cross-entropy (nats) on the target's most similar centroid instead.
 
-    The label of a row is the target's most similar centroid of the first clustering.
+    A row matches where its most similar centroid is the target's.
 
     Args:
-        centroids: of HR features, `(k, d)`, or several such; compared by direction alone.
-        variance: mean squared distance of HR features to their mean, > 0.
+        centroids: of HR features, `(k, d)`; compared by direction alone.
+        variance: as `PairedRegression` has it, like both weights.
         temperature: T, > 0.
-        cosine_weight: >= 0.
-        distance_weight: >= 0.
         hard: whether labels are the one most similar centroid.
 
     Raises:
-        ValueError: a value outside of these, a centroid of zero, centroids of several widths.
+        ValueError: a value outside of these, a centroid of zero.
     """
 
     def __init__(
         self,
-        centroids: ArrayLike | Sequence[ArrayLike],
+        centroids: ArrayLike,
         variance: float,
         *,
         temperature: float = 0.1,
@@ -137,42 +135,31 @@ class PrototypeDistillation(PairedRegression):
     ) -> None:
         super().__init__(variance, cosine_weight=cosine_weight, distance_weight=distance_weight)
         _check(temperature=temperature)
-        several = list(centroids) if isinstance(centroids, list | tuple) else [centroids]
-        if not several:
-            raise ValueError("centroids: got none, wanted at least one clustering")
-        prototypes = [as_features("centroids", cast("ArrayLike", rows)) for rows in several]
-        if len({rows.shape[1] for rows in prototypes}) > 1:
-            widths = [rows.shape[1] for rows in prototypes]
-            raise ValueError(f"centroids: got widths {widths}, wanted one")
-        if not all(bool(rows.norm(dim=1).all()) for rows in prototypes):
+        rows = as_features("centroids", centroids)
+        if not bool(rows.norm(dim=1).all()):
             raise ValueError("centroids: got one of zero, wanted directions")
-        self.prototypes = [F.normalize(rows, dim=1) for rows in prototypes]
+        self.prototypes = F.normalize(rows, dim=1)
         self.temperature = temperature
         self.hard = hard
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss, and the number of rows whose most similar centroid is the target's."""
         unit, wanted = F.normalize(outputs, dim=1), F.normalize(targets, dim=1)
-        loss = self.of_directions(outputs, targets, unit, wanted)
-        right = torch.zeros((), dtype=torch.int64, device=outputs.device)
-        for index, rows in enumerate(self.prototypes):
-            prototypes = rows.to(outputs.device, outputs.dtype)
-            logits, labels = unit @ prototypes.T, wanted @ prototypes.T
-            scaled, nearest = logits / self.temperature, labels.argmax(1)
-            if self.hard:
-                clusters = F.cross_entropy(scaled, nearest)
-            else:
-                soft = F.softmax(labels / self.temperature, dim=1)
-                clusters = F.kl_div(F.log_softmax(scaled, dim=1), soft, reduction="batchmean")
-            loss = loss + clusters / len(self.prototypes)
-            if index == 0:
-                right = (logits.detach().argmax(1) == nearest).sum()
-        return loss, right
+        prototypes = self.prototypes.to(outputs.device, outputs.dtype)
+        logits, labels = unit @ prototypes.T, wanted @ prototypes.T
+        scaled, nearest = logits / self.temperature, labels.argmax(1)
+        if self.hard:
+            clusters = F.cross_entropy(scaled, nearest)
+        else:
+            soft = F.softmax(labels / self.temperature, dim=1)
+            clusters = F.kl_div(F.log_softmax(scaled, dim=1), soft, reduction="batchmean")
+        matches = (logits.detach().argmax(1) == nearest).sum()
+        return self.of_directions(outputs, targets, unit, wanted) + clusters, matches
 
     def check(self, outputs: Tensor, targets: Tensor, rows: int) -> None:
         """Raises `ValueError` for targets that are not finite `(rows, d)`, or another width."""
         super().check(outputs, targets, rows)
-        width = self.prototypes[0].shape[1]
+        width = self.prototypes.shape[1]
         if outputs.shape[-1] != width:
             raise ValueError(
                 f"targets: got {tuple(targets.shape)} for {rows} rows of {outputs.shape[-1]} "
@@ -187,10 +174,8 @@ class InstanceContrast(PairedRegression):
     target, a mean over rows.
 
     Args:
-        variance: mean squared distance of HR features to their mean, > 0.
+        variance: as `PairedRegression` has it, like both weights.
         temperature: T, > 0.
-        cosine_weight: >= 0.
-        distance_weight: >= 0.
 
     Raises:
         ValueError: a value outside of these.
@@ -217,7 +202,7 @@ class InstanceContrast(PairedRegression):
         return loss, (logits.detach().argmax(1) == own).sum()
 
 
-OBJECTIVES: Mapping[str, Callable[[Sequence[Tensor], float], Objective]] = {
+OBJECTIVES: Mapping[str, Callable[[ArrayLike, float], Objective]] = {
     "prototypes": PrototypeDistillation,
     "labels": lambda centroids, variance: PrototypeDistillation(
         centroids, variance, hard=True, cosine_weight=0.0
@@ -225,7 +210,7 @@ OBJECTIVES: Mapping[str, Callable[[Sequence[Tensor], float], Objective]] = {
     "regression": lambda _, variance: PairedRegression(variance),
     "contrast": lambda _, variance: InstanceContrast(variance),
 }
-"""Objectives of features by name, from clusterings' centroids and the variance of HR features.
+"""Objectives of features by name, from centroids and the variance of HR features.
 
 - "prototypes": `PrototypeDistillation`, the default;
 - "labels": the paper's cross-entropy, on the paired image's cluster, as similarities to centroids;
@@ -234,7 +219,7 @@ OBJECTIVES: Mapping[str, Callable[[Sequence[Tensor], float], Objective]] = {
 """
 
 
-def make_objective(name: str, centroids: Sequence[Tensor], variance: float) -> Objective:
+def make_objective(name: str, centroids: ArrayLike, variance: float) -> Objective:
     """One of `OBJECTIVES`; `ValueError` for another name or a variance that is not > 0."""
     check_choice("objective", name, OBJECTIVES)
     return OBJECTIVES[name](centroids, variance)

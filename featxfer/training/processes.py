@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,3 +66,31 @@ class Processes:
                 f"training has ended in all processes: there was an error in {failed} of "
                 f"{self.size}, which they tell"
             )
+
+    def generators(self, seed: int) -> dict[str, torch.Generator]:
+        """On the CPU: of the "order" of rows, one in all; and of "dropout", another in each."""
+        own = (seed * self.size + self.rank) % 2**63
+        seeds = {"order": seed, "dropout": own}
+        return {name: torch.Generator("cpu").manual_seed(n) for name, n in seeds.items()}
+
+    def count_rows(self, order: Sized) -> int:
+        """Rows of all processes; `ValueError` in all unless each has as many, and some."""
+        counts = [int(count) for count in self.numbers(len(order))]
+        if 0 in counts or len(set(counts)) > 1:
+            raise ValueError(
+                f"rows: got {counts} rows in {len(counts)} processes, wanted some, as many in each"
+            )
+        return sum(counts)
+
+    def check_same_training(self, settings: Mapping[str, Any], path: Path | None) -> None:
+        """Raises `ValueError` in all processes unless all were asked for the same training."""
+        asked = {
+            "recipe, seed, precision, objective, held_out": zlib.crc32(repr(settings).encode()),
+            "checkpoint": path is not None,
+            "checkpoint's file": path is not None and path.exists(),
+        }
+        for name, given in zip(asked, self.numbers(*asked.values()).T, strict=True):
+            if not bool((given == given[0]).all()):
+                raise ValueError(
+                    f"{name}: got others in some of {self.size} processes, wanted the same in all"
+                )

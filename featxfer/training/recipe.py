@@ -73,6 +73,13 @@ class Recipe:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
 
+    def check_held_out(self, held_out: object) -> None:
+        """Raises `ValueError` where `patience` has no held-out rows to count on."""
+        if self.patience and held_out is None:
+            raise ValueError(
+                f"recipe: got patience={self.patience} without held_out rows, which it counts"
+            )
+
     def learning_rate_at(self, epoch: int, share: float = 0.0) -> float:
         """The learning rate of epoch 0, 1, ... once a `share` in [0, 1) of that epoch is done.
 

@@ -1,34 +1,43 @@
-"""Hosts that featxfer plugs into: which models there are, their weights, where features are."""
+"""Hosts that featxfer plugs into: attach, fit, save; which models there are, and their weights."""
 
-from featxfer_integrations._attach import AttachError, transfers_of
-from featxfer_integrations._fitting import HeldOutPairs, TransferFit
-from featxfer_integrations.attach import (
+from featxfer_integrations.corruptions import CorruptedDegradation
+from featxfer_integrations.fit import backbone_of, fit_key, fit_transfer
+from featxfer_integrations.hosts import host_of, register_host
+from featxfer_integrations.hosts.base import Host
+from featxfer_integrations.hosts.load import load_backbone, load_model
+from featxfer_integrations.hosts.weights import BackboneError
+from featxfer_integrations.mechanism.attach import transfer_disabled, transfers_of
+from featxfer_integrations.mechanism.proof import attached_runs
+from featxfer_integrations.mechanism.site import AttachError, Site
+from featxfer_integrations.options import FitOptions
+from featxfer_integrations.report import TransferFit
+from featxfer_integrations.transfer import (
     attach_transfer,
-    attached_runs,
     detach_transfer,
     load_transfers,
     save_transfers,
     train_transfer_only,
-    transfer_disabled,
 )
-from featxfer_integrations.backbones import BackboneError, load_backbone, load_model
-from featxfer_integrations.corruptions import CorruptedDegradation
-from featxfer_integrations.fit import backbone_of, fit_transfer
 
 __all__ = [
     "AttachError",
     "BackboneError",
     "CorruptedDegradation",
-    "HeldOutPairs",
+    "FitOptions",
+    "Host",
+    "Site",
     "TransferFit",
     "attach_transfer",
     "attached_runs",
     "backbone_of",
     "detach_transfer",
+    "fit_key",
     "fit_transfer",
+    "host_of",
     "load_backbone",
     "load_model",
     "load_transfers",
+    "register_host",
     "save_transfers",
     "train_transfer_only",
     "transfer_disabled",

@@ -24,7 +24,7 @@ class Headless(nn.Module):
     ("make", "verdict"),
     [
         (timm.create_model, "attached"),
-        (lambda _: Headless(), "refused: where: wanted the name of a module"),
+        (lambda _: Headless(), "refused: site: wanted the name of a module"),
         (lambda _: 1 / 0, "refused: the model cannot be made: division by zero"),
     ],
 )

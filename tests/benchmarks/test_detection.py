@@ -23,7 +23,7 @@ from benchmarks.detection.methods import (
     blocks_and_heads,
 )
 from benchmarks.detection.pictures import sort_out
-from benchmarks.detection.run import to_markdown
+from benchmarks.detection.run import summary
 from featxfer import Recipe, ScaledDegradation, VOCDevkit, open_images
 from featxfer.evaluation.voc import ObjectBoxes
 from featxfer_integrations import transfers_of
@@ -184,8 +184,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         ("benchmarks.detection.run", "TRAINING"),
         ("benchmarks.detection.methods", "BOX_RECIPE"),
         ("benchmarks.detection.methods", "DETECTOR_RECIPE"),
-        ("featxfer_integrations.fit_detector", "BOX_RECIPE"),
-        ("featxfer_integrations.fit_detector", "DETECTOR_RECIPE"),
+        ("featxfer_integrations.stages.boxes", "BOX_RECIPE"),
+        ("featxfer_integrations.stages.pyramid", "DETECTOR_RECIPE"),
     ):
         monkeypatch.setattr(f"{module}.{name}", recipe)
     monkeypatch.setattr("benchmarks.detection.detectors.SHORT_SIDE", 64)
@@ -193,7 +193,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
+@pytest.mark.filterwarnings("ignore:.* not help")
 @pytest.mark.parametrize("detector", KINDS)
 def test_the_table_of_every_method(
     kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, detector: str
@@ -204,7 +204,7 @@ def test_the_table_of_every_method(
     for _ in range(2):
         run = CliRunner().invoke(main, list(map(str, arguments)))
         assert run.exit_code == 0, run.output
-        monkeypatch.setattr("benchmarks.detection.methods.fit_transfer", None)
+        monkeypatch.setattr("benchmarks.common.fit.fit_transfer", None)
     results = json.loads((out / "results.json").read_text())
     table = results["tables"]["2"]
     assert list(table) == ["HR", "LR", *(method.label for method in METHODS.values())]
@@ -212,7 +212,7 @@ def test_the_table_of_every_method(
     assert {name: table["heads, untrained"][name] for name in COLUMNS} == pytest.approx(
         plain, nan_ok=True
     )
-    assert to_markdown(results) == (out / "summary.md").read_text()
+    assert summary(results) == (out / "summary.md").read_text()
     assert results["images"] == {"trainval": 4, "test": 2}
     assert results["curve"]["2"]["AP"] == pytest.approx(plain["AP"])
     assert [len(table[label]["AP of seeds"]) for label in ("LR", "blocks on the pyramid")] == [1, 2]
@@ -220,7 +220,7 @@ def test_the_table_of_every_method(
         assert picture.width > picture.height
 
 
-@pytest.mark.filterwarnings("ignore:blocks do not help")
+@pytest.mark.filterwarnings("ignore:.* not help")
 @pytest.mark.usefixtures("quick")
 def test_choices_of_blocks_are_judged_on_val(kit: Path, tmp_path: Path) -> None:
     for split, names in (("train", "012"), ("val", "3")):
@@ -236,7 +236,7 @@ def test_choices_of_blocks_are_judged_on_val(kit: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "boxes.png").exists()
 
 
-@pytest.mark.filterwarnings("ignore:the head does not help", "ignore:blocks do not help")
+@pytest.mark.filterwarnings("ignore:.* not help")
 @pytest.mark.usefixtures("quick")
 def test_blocks_are_trained_once_and_stay_as_they_are_below_heads(
     kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -246,9 +246,11 @@ def test_blocks_are_trained_once_and_stay_as_they_are_below_heads(
     setting = Setting(detector, images, ScaledDegradation(2), tmp_path / "cache", 0)
     trained_blocks = blocks_alone(setting)
     with monkeypatch.context() as patch:
-        patch.setattr("benchmarks.detection.methods.fit_transfer", None)
+        patch.setattr("benchmarks.common.fit.fit_transfer", None)
         kept = transfers_of(blocks_alone(setting))
-    again = dataclasses.replace(setting, cache=tmp_path / "other").fitted(where="backbone")
+    anew = dataclasses.replace(setting, cache=tmp_path / "other").fit("backbone")
+    anew.run()
+    again = anew.model
     both = transfers_of(blocks_and_heads(setting))
     assert list(kept) == list(transfers_of(again)) == [name for name in both if name != "boxes"]
     for name, block in transfers_of(trained_blocks).items():
@@ -285,4 +287,4 @@ RESULTS = sorted((FOLDER / "results").glob("*"))
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
 def test_the_readme_shows_what_the_results_hold(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
-    assert to_markdown(results) in (FOLDER / "README.md").read_text() + "\n"
+    assert summary(results) in (FOLDER / "README.md").read_text() + "\n"

@@ -11,14 +11,13 @@ import timm
 import torch
 from click.testing import CliRunner
 
+from benchmarks.common import fit
+from benchmarks.common.study import Study, small, subset
 from benchmarks.gap import __main__ as gap
 from benchmarks.gap import features, methods, run, tune, views
-from benchmarks.gap.study import Study, small, subset
-from benchmarks.gap.tables import few_labels, to_markdown, with_gaps
+from benchmarks.gap.tables import all_rows, few_labels, summary, with_gaps
 from benchmarks.voc2007.sample_devkit import render_sample
 from featxfer import PROTOCOLS, Degradation, Recipe, VOCDevkit
-from featxfer_integrations.attach import find_place
-from featxfer_integrations.deep import MapAt
 
 FOLDER = Path(gap.__file__).parent
 
@@ -45,9 +44,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short recipes, and no warning that a head for random features does not help."""
     short = Recipe(epochs=2, batch_size=16, learning_rate=1e-3, optimizer="adamw")
-    for name in ("FEATURES_RECIPE", "BLOCK_RECIPE"):
-        monkeypatch.setattr(f"featxfer_integrations.fit.{name}", short)
-    monkeypatch.setattr("featxfer_integrations.fit.warn_if_useless", lambda _: None)
+    for module, name in (("heads", "FEATURES_RECIPE"), ("maps", "BLOCK_RECIPE")):
+        monkeypatch.setattr(f"featxfer_integrations.stages.{module}.{name}", short)
+    monkeypatch.setattr("featxfer_integrations.fit.warn_if_useless", lambda *_: None)
 
 
 def arguments(study: Study, out: Path, *more: object) -> list[str]:
@@ -64,8 +63,8 @@ def test_all_methods_give_their_rows_and_are_kept(
     given = arguments(study, tmp_path, "--lr-size", 16, "--seeds", 1, "--protocol", "plain")
     first = CliRunner().invoke(gap.main, given)
     assert first.exit_code == 0, first.output
-    for name in ("fit_transfer", "ridge", "through_blocks"):
-        monkeypatch.setattr(methods, name, lambda *_, **__: pytest.fail("computed again"))
+    for module, name in ((fit, "fit_transfer"), (methods, "ridge"), (methods, "through_blocks")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("computed again"))
     second = CliRunner().invoke(gap.main, given)
     assert second.stdout == first.stdout
     results = json.loads((tmp_path / "results.json").read_text())
@@ -80,7 +79,7 @@ def test_all_methods_give_their_rows_and_are_kept(
     assert "deploy" not in paper
     assert paper["retrain"]["mean"] > 0
     assert results["self_check"]["runs"] >= 5
-    assert (tmp_path / "summary.md").read_text() == (to_markdown(table) + "\n" + few_labels(table))
+    assert (tmp_path / "summary.md").read_text() == summary(results)
 
 
 def test_unknown_methods_are_told(study: Study, tmp_path: Path) -> None:
@@ -106,7 +105,7 @@ def test_views(study: Study, tmp_path: Path, kind: str, monkeypatch: pytest.Monk
         assert list(table) == ["HR", "LR", "ridge regression", *heads, "one head for all", blocks]
         assert "hr loss" in table[blocks]
         assert len(table["one head for all"]["deploy"]["values"]) == 2
-    assert views.to_markdown(results) in told.output
+    assert views.summary(results) in told.output
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -119,7 +118,7 @@ def test_gaps_are_between_lr_and_hr() -> None:
     table = with_gaps(rows)
     assert table["x"]["deploy gap"]["values"] == [25.0, 75.0]
     assert table["x"]["hr loss"]["mean"] == 1.0
-    assert "| x | 80.0 ±" in to_markdown(table)
+    assert "| x | 80.0 ±" in all_rows(table)
     same = with_gaps({"HR": [{"deploy": 1.0}], "LR": [{"deploy": 1.0}]})
     assert "deploy gap" not in same["LR"]
 
@@ -175,7 +174,7 @@ def test_tuning_sees_no_test_image(
     for figures in table.values():
         assert 0 <= figures["deploy"]["mean"] <= 100
         assert "held-out cosine_gap" in figures
-    assert tune.to_markdown(table) in told.output
+    assert tune.summary({"table": table}) in told.output
 
 
 RESULTS = sorted((FOLDER / "results").iterdir())
@@ -186,24 +185,23 @@ def test_the_readme_shows_what_the_results_hold(folder: Path) -> None:
     results, readme = json.loads((folder / "results.json").read_text()), FOLDER / "README.md"
     text = readme.read_text()
     if "part" in results["config"]:
-        assert tune.to_markdown(results["table"]) in text
+        assert tune.summary(results) in text
     elif "table" in results:
-        assert to_markdown(results["table"]) in text
+        assert all_rows(results["table"]) in text
         assert few_labels(results["table"]) in text
     else:
-        assert views.to_markdown(results) in text
+        assert views.summary(results) in text
 
 
 def test_moved_images_keep_their_size_and_repeat_their_edges(study: Study) -> None:
-    model = study.copy()
-    place = find_place(model, at="layer1")
-    plain, moved = MapAt(model, place), partial(features._Moved, model, place)
-    images = torch.rand(1, 3, 64, 64)
-    wanted = torch.cat([images[..., :1].expand(-1, -1, -1, 8), images[..., :-8]], dim=-1)
-    with torch.no_grad():
-        assert torch.equal(moved(8, 0)(images), plain(wanted))
-        up = torch.cat([images[..., 8:, :], images[..., -1:, :].expand(-1, -1, 8, -1)], dim=-2)
-        assert torch.equal(moved(0, -8)(images), plain(up))
+    image = study.images("trainval").read(0)
+    view = study.view(16)
+    plain, moved = view.lr(image), partial(features.MovedDegradation, 64, 16)
+    wanted = torch.cat([plain[..., :1].expand(-1, -1, 8), plain[..., :-8]], dim=-1)
+    assert torch.equal(moved(right=8).lr(image), wanted)
+    up = torch.cat([plain[..., 8:, :], plain[..., -1:, :].expand(-1, 8, -1)], dim=-2)
+    assert torch.equal(moved(down=-8).lr(image), up)
+    assert torch.equal(moved(right=8).hr(image), view.hr(image))
 
 
 def test_shifts_are_kept_apart_from_what_is_not_moved(study: Study) -> None:

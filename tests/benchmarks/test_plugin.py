@@ -10,8 +10,9 @@ import timm
 import torch
 from click.testing import CliRunner
 
+from benchmarks.common import fit
 from benchmarks.plugin import __main__ as plugin
-from benchmarks.plugin.tables import to_markdown
+from benchmarks.plugin.tables import summary
 from benchmarks.voc2007.sample_devkit import render_sample
 
 FOLDER = Path(plugin.__file__).parent
@@ -44,15 +45,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featxfer_integrations.fit.warn_if_useless", lambda _: None)
+        patch.setattr("featxfer_integrations.fit.warn_if_useless", lambda *_: None)
         first = CliRunner().invoke(plugin.main, [str(part) for part in arguments])
         assert first.exit_code == 0, first.output
         patch.setattr(plugin, "train_svms", lambda *_, **__: pytest.fail("trained again"))
-        patch.setattr(plugin, "fit_transfer", lambda *_, **__: pytest.fail("fitted again"))
+        patch.setattr(fit, "fit_transfer", lambda *_, **__: pytest.fail("fitted again"))
         second = CliRunner().invoke(plugin.main, [str(part) for part in arguments])
     assert second.output == first.output
     loaded: dict[str, Any] = json.loads((folder / "out" / "results.json").read_text())
-    assert (folder / "out" / "summary.md").read_text() == to_markdown(loaded)
+    assert (folder / "out" / "summary.md").read_text() == summary(loaded)
     return loaded
 
 
@@ -75,7 +76,7 @@ def test_columns_and_gaps() -> None:
         "LR": {"deploy": {**figure, "mean": 70.0}},
         "x": {"deploy": {"mean": 75.0, "low": 74.0, "high": 76.0}},
     }
-    text = to_markdown({"tables": {"32": rows}})
+    text = summary({"tables": {"32": rows}})
     assert "| x | 75.0 ± 1.0 | 25.0 |" in text
     assert text.startswith("LR of 32 pixels:")
 
@@ -83,9 +84,9 @@ def test_columns_and_gaps() -> None:
 @pytest.mark.parametrize("folder", RESULTS)
 def test_the_readmes_tables_are_those_of_the_committed_results(folder: str) -> None:
     path = FOLDER / "results" / folder
-    summary = (path / "summary.md").read_text()
-    assert summary == to_markdown(json.loads((path / "results.json").read_text()))
-    table = summary.partition("\n\n")[2]
+    text = (path / "summary.md").read_text()
+    assert text == summary(json.loads((path / "results.json").read_text()))
+    table = text.partition("\n\n")[2]
     assert table in (FOLDER / "README.md").read_text()
     if folder == "caltech101-32":
         assert table in (FOLDER.parents[1] / "README.md").read_text()

@@ -52,7 +52,7 @@ def test_attached_is_measured_and_the_model_left_plain(tmp_path: Path) -> None:
         (hidden, str(dtype).removeprefix("torch.")) for hidden, dtype in attached.HEADS
     ]
     assert all(row["pairs"] >= 7 and row["ratio"] > 0 for row in rows)
-    assert (tmp_path / "summary.md").read_text() == attached.to_markdown(rows)
+    assert (tmp_path / "summary.md").read_text() == attached.summary(rows)
 
 
 def test_blocks_are_measured_against_the_plain_model(tmp_path: Path) -> None:
@@ -63,30 +63,30 @@ def test_blocks_are_measured_against_the_plain_model(tmp_path: Path) -> None:
     assert row["after"] == ["layer3", "layer4"]
     assert 0 < row["macs"] <= 0.1 * row["model_macs"]
     assert row["ratio"] > 0
-    assert (tmp_path / "summary.md").read_text() == attached.blocks_to_markdown([row])
+    assert (tmp_path / "summary.md").read_text() == attached.blocks_table([row])
 
 
 def test_the_readmes_table_of_blocks_is_that_of_the_committed_results() -> None:
     rows = json.loads((FOLDER / "results" / "blocks" / "results.json").read_text())["rows"]
-    assert attached.blocks_to_markdown(rows) in (FOLDER / "README.md").read_text()
+    assert attached.blocks_table(rows) in (FOLDER / "README.md").read_text()
 
 
 @pytest.mark.parametrize("folder", ["attached-1", "attached-32"])
 def test_the_readmes_tables_are_those_of_the_committed_results(folder: str) -> None:
     rows = json.loads((FOLDER / "results" / folder / "results.json").read_text())["rows"]
-    assert attached.to_markdown(rows) in (FOLDER / "README.md").read_text()
+    assert attached.summary(rows) in (FOLDER / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("folder", "table"),
     [
-        ("extraction", lambda found: stages.to_markdown(found["rows"])),
-        ("extraction", lambda found: stages.map_to_markdown(found["map"])),
-        ("svms", lambda found: stages.to_markdown(found["rows"])),
-        ("small", lambda found: stages.to_markdown(found["rows"])),
-        ("job", job.to_markdown),
-        ("memory", lambda found: memory.to_markdown(found["rows"])),
-        ("samples", lambda found: stages.samples_to_markdown(found["rows"])),
+        ("extraction", lambda found: stages.summary(found["rows"])),
+        ("extraction", lambda found: stages.map_table(found["map"])),
+        ("svms", lambda found: stages.summary(found["rows"])),
+        ("small", lambda found: stages.summary(found["rows"])),
+        ("job", job.summary),
+        ("memory", lambda found: memory.summary(found["rows"])),
+        ("samples", lambda found: stages.samples_table(found["rows"])),
     ],
 )
 def test_the_readmes_other_tables_are_too(
@@ -101,7 +101,7 @@ def test_the_readmes_other_tables_are_too(
 def test_what_is_said_of_samples_at_scale_is_what_was_found() -> None:
     found = json.loads((FOLDER / "results" / "samples" / "results.json").read_text())
     scale = FOLDER.parents[1] / "docs" / "scale.md"
-    assert stages.samples_to_markdown(found["rows"]) in scale.read_text()
+    assert stages.samples_table(found["rows"]) in scale.read_text()
 
 
 def test_stages_are_measured_against_what_most_people_write(

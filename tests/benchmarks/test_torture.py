@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.torture.__main__ import PARTS, main, to_markdown
+from benchmarks.torture.__main__ import PARTS, main, summary
 from benchmarks.torture.artefacts import run_artefacts
 from benchmarks.torture.crash import run_flipped, run_killed, run_refused, run_together
 from benchmarks.torture.hostile import run_archives
@@ -104,7 +104,7 @@ def test_the_command_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.Mo
     assert run.exit_code == 0, run.output
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["parts"]) == ["folders", "archives"]
-    assert to_markdown(results) == (tmp_path / "summary.md").read_text()
+    assert summary(results) == (tmp_path / "summary.md").read_text()
     monkeypatch.setitem(PARTS, "folders", ("folders", lambda folder, seed: Outcome(1, ["wrong"])))
     run = CliRunner().invoke(main, ["--parts", "folders", "--out", str(tmp_path)])
     assert run.exit_code == 1
@@ -116,4 +116,4 @@ def test_the_readme_shows_what_the_results_hold() -> None:
     results = json.loads((FOLDER / "results" / "results.json").read_text())
     assert list(results["parts"]) == list(PARTS)
     assert not any(part["faults"] for part in results["parts"].values())
-    assert to_markdown(results) in (FOLDER / "README.md").read_text()
+    assert summary(results) in (FOLDER / "README.md").read_text()

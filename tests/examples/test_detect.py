@@ -30,7 +30,7 @@ def small() -> nn.Module:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:the head does not help")
+@pytest.mark.filterwarnings("ignore:.* not help")
 def test_what_is_found_before_and_after(
     figures: Callable[..., dict[str, list[float]]],
     train_photos: Path,
@@ -43,8 +43,8 @@ def test_what_is_found_before_and_after(
     torch.nn.init.constant_(detector.roi_heads.box_predictor.cls_score.bias[1:], 0.3)
     monkeypatch.setattr("examples.detect.get_model", lambda name, weights: detector)
     quick = Recipe(epochs=2, batch_size=256, learning_rate=1e-4, optimizer="adamw", steps=())
-    monkeypatch.setattr("featxfer_integrations.fit_detector.BOX_RECIPE", quick)
-    printed = figures(main, train_photos, test_photos, "--cache", tmp_path, "--depth", "pooled")
+    monkeypatch.setattr("featxfer_integrations.stages.boxes.BOX_RECIPE", quick)
+    printed = figures(main, train_photos, test_photos, "--cache", tmp_path, "--site", "boxes")
     assert list(printed) == ["LR, before", "LR, after", "HR, after"]
     for shares in printed.values():
         assert len(shares) == 2

@@ -14,7 +14,6 @@ from torch._subclasses import FakeTensorMode
 
 from featxfer import (
     PROTOCOLS,
-    Clustering,
     FeatureTransferBlock,
     FeatureTransferHead,
     compare_pairs,
@@ -28,7 +27,6 @@ from featxfer.evaluation.svm import SVMClassifier
 from featxfer.modules.scaling import scale_features
 from featxfer.training.objectives import PrototypeDistillation
 from featxfer.training.pseudo_labels import assign, centroid_scores
-from featxfer.training.unpaired import unpaired_targets
 
 GENERATOR = torch.Generator().manual_seed(0)
 HR = torch.randn(30, 6, generator=GENERATOR) + 1
@@ -75,12 +73,6 @@ def distilled(centroids: Any) -> Any:
         return PrototypeDistillation(centroids, 1.0)(LR, HR)
 
 
-def targets(name: str) -> Callable[[Any, Any, Any], Tensor]:
-    return lambda hr, lr, centroids: unpaired_targets(
-        name, hr, lr, Clustering(centroids, 0.0, 0, "by hand")
-    )
-
-
 USES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "as_features": lambda hr, lr, centroids: as_features("hr", hr),
     "kmeans": lambda hr, lr, centroids: kmeans(hr, 3, seed=0).centroids,
@@ -91,8 +83,6 @@ USES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "diagnose": lambda hr, lr, centroids: diagnose(hr, lr, centroids).agreement,
     "compare_pairs": lambda hr, lr, centroids: compare_pairs(hr, lr, centroids).cosine,
     "scale_features": lambda hr, lr, centroids: scale_features(hr, "l2"),
-    "moments": targets("moments"),
-    "transport": targets("transport"),
     "head": lambda hr, lr, centroids: statistics(lr),
     "objective": lambda hr, lr, centroids: distilled(centroids),
     "svms": lambda hr, lr, centroids: train_svms(hr, LABELS, PROTOCOLS["plain"]).decisions(lr),

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featxfer import Degradation, FeatureTransferHead, load_head, save_head
-from featxfer.modules.artifact import Card
+from featxfer import Card, Degradation, FeatureTransferHead, load_head, save_head
 from featxfer_integrations import CorruptedDegradation
 
 IMAGE = torch.randint(

@@ -132,9 +132,9 @@ def test_every_method_on_the_same_views(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = Recipe(epochs=1, batch_size=16, learning_rate=1e-3, optimizer="adamw")
-    for name in ("FEATURES_RECIPE", "BLOCK_RECIPE"):
-        monkeypatch.setattr(f"featxfer_integrations.fit.{name}", short)
-    monkeypatch.setattr("featxfer_integrations.fit.warn_if_useless", lambda _: None)
+    for module, name in (("heads", "FEATURES_RECIPE"), ("maps", "BLOCK_RECIPE")):
+        monkeypatch.setattr(f"featxfer_integrations.stages.{module}.{name}", short)
+    monkeypatch.setattr("featxfer_integrations.fit.warn_if_useless", lambda *_: None)
     monkeypatch.setattr(
         command, "METHODS", {name: METHODS[name] for name in ("plain", "prototypes", "deep")}
     )
@@ -212,7 +212,7 @@ def test_a_second_run_computes_nothing(
     first = invoke([*arguments, "--no-figures", "--json"])
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
     monkeypatch.setattr(run_module, "train_svms", None)
-    monkeypatch.setattr("featxfer.training.trainer.PseudoLabelTrainer.fit", None)
+    monkeypatch.setattr("featxfer.training.trainer.PseudoLabelTrainer.fit_rows", None)
     again = invoke([*arguments, "--no-figures", "--json"])
     assert again.exit_code == 0, again.output
     one, two = (json.loads(result.stdout) for result in (first, again))

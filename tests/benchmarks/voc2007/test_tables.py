@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.intervals import gaps, summarise
 from benchmarks.voc2007 import paper, tables
-from benchmarks.voc2007.run import gaps, summarise
 
 
 def entry(label: str, values: list[float], lr: float = 0.7, hr: float = 0.9) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from featxfer import compare_pairs
-from featxfer.evaluation.pairs import _MOST_SIMILARITIES
+from featxfer.evaluation.pairs import MOST_SIMILARITIES, report_pairs
 
 HR = torch.eye(4)
 CENTROIDS = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])
@@ -28,7 +28,20 @@ def test_counted_by_hand() -> None:
     assert agreement.clusters == 0.75
 
 
+def test_held_out_pairs_are_compared_before_and_after() -> None:
+    lr, after, hr_after = HR.roll(1, 0), HR.clone(), HR.clone()
+    after[0], hr_after[0] = torch.tensor([1.0, 1, 0, 0]), torch.tensor([-1.0, 0, 0, 0])
+    report = report_pairs(HR, lr, after, hr_after, CENTROIDS)
+    assert report.before == compare_pairs(HR, lr, CENTROIDS)
+    assert report.after == compare_pairs(HR, after, CENTROIDS)
+    assert (report.pairs, report.hr_cosine) == (4, 0.5)
+    assert report.cosine_gap_recovered == pytest.approx((3 + 1 / 2**0.5) / 4)
+    assert report_pairs(HR, HR, after, HR, CENTROIDS).cosine_gap_recovered == 0.0
+
+
 def test_shapes_are_checked() -> None:
+    with pytest.raises(ValueError, match="wanted one HR row for each LR row"):
+        report_pairs(HR, HR, HR, HR[:3], CENTROIDS)
     with pytest.raises(ValueError, match="wanted one HR row for each LR row"):
         compare_pairs(HR, HR[:3], CENTROIDS)
     with pytest.raises(ValueError, match="centroids: got width 2, wanted 4"):
@@ -57,7 +70,7 @@ def test_rows_are_compared_some_at_a_time(most: int, monkeypatch: pytest.MonkeyP
     lr, centroids = hr + noise / 8, hr[:5]
     cosines = torch.nn.functional.cosine_similarity(lr[:, None], hr, dim=2)
     wanted = float((cosines.diagonal() >= cosines.max(1).values - 1e-6).float().mean())
-    monkeypatch.setattr("featxfer.evaluation.pairs._MOST_SIMILARITIES", most)
+    monkeypatch.setattr("featxfer.evaluation.pairs.MOST_SIMILARITIES", most)
     with LargestTensor() as largest:
         agreement = compare_pairs(hr, lr, centroids)
     assert 0.1 < wanted < 0.9
@@ -69,7 +82,7 @@ def test_many_rows_do_not_need_their_square() -> None:
     hr = torch.randn(9_000, 2, generator=torch.Generator().manual_seed(0))
     with LargestTensor() as largest:
         assert compare_pairs(hr, hr, hr[:3]).retrieval == 1
-    assert largest.most <= _MOST_SIMILARITIES < 9_000**2
+    assert largest.most <= MOST_SIMILARITIES < 9_000**2
 
 
 def test_features_of_zeros_agree_with_nothing() -> None:

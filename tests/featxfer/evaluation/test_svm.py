@@ -16,8 +16,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 from torch import nn
 
-from featxfer import PROTOCOLS, Backbone, FeatureTransferHead, train_svms
-from featxfer.evaluation.svm import SOLVERS, LinearSVMs, Protocol, SVMClassifier, average_precisions
+from featxfer import PROTOCOLS, Backbone, FeatureTransferHead, Protocol, train_svms
+from featxfer.evaluation.svm import SOLVERS, LinearSVMs, SVMClassifier, average_precisions
 
 RNG = np.random.default_rng(0)
 ROWS = torch.from_numpy(RNG.normal(size=(90, 6)).astype(np.float32))

@@ -395,7 +395,7 @@ def test_any_number_of_reader_threads_gives_the_same_bits(
     images, found, state = open_images(image_folder), [], torch.get_rng_state()
     for readers in (1, 2, 4, 16):
         monkeypatch.setattr(
-            "featxfer.features.extract._reader_count", lambda readers=readers: readers
+            "featxfer.features.readers.reader_count", lambda readers=readers: readers
         )
         cache = tmp_path / str(readers)
         found.append(extract_features(backbone, images, view, cache, batch_size=4, part_rows=8))
@@ -564,6 +564,17 @@ def test_an_image_skipped_in_one_view_is_left_out_of_both(
     )
     assert features.ids == tuple(f"{i:02d}.jpg" for i in range(10) if i != 5)
     assert len(features.hr) == len(features.lr) == 9
+
+
+def test_features_without_some_images(
+    backbone: Backbone, image_folder: Path, tmp_path: Path
+) -> None:
+    features = extract_features(backbone, open_images(image_folder), DEGRADATION, tmp_path)
+    left = features.without({"02.jpg", "05.jpg"})
+    kept = [index for index in range(10) if index not in (2, 5)]
+    assert left.ids == tuple(features.ids[index] for index in kept)
+    assert torch.equal(left.hr, features.hr[kept])
+    assert torch.equal(left.lr, features.lr[kept])
 
 
 def test_another_architecture_of_the_same_name_and_weights_is_another_store(

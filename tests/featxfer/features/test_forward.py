@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from featxfer import Backbone, Degradation, Images, extract_features, open_images
-from featxfer.features.extract import _ahead, _reader_count, fill_stores
+from featxfer.features.extract import fill_stores
 from featxfer.features.forward import COMPILE_FROM, Arithmetic, Forward, rounding_of
+from featxfer.features.readers import read_ahead, reader_count
 
 CPU = torch.device("cpu")
 DEGRADATION = Degradation(hr_size=32, lr_size=8)
@@ -65,12 +66,12 @@ def test_readers_follow_the_cores_that_a_process_has(
     monkeypatch: pytest.MonkeyPatch, cores: int, processes: str | None, readers: int
 ) -> None:
     monkeypatch.setattr(
-        "featxfer.features.extract.os.sched_getaffinity", lambda _: set(range(cores)), raising=False
+        "featxfer.features.readers.os.sched_getaffinity", lambda _: set(range(cores)), raising=False
     )
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if processes:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-    assert _reader_count() == readers
+    assert reader_count() == readers
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -126,7 +127,7 @@ def test_images_are_read_ahead_in_order_by_threads_of_one_core() -> None:
         return item, torch.get_num_threads()
 
     before = torch.get_num_threads()
-    found = _ahead(run, range(40), 5)
+    found = read_ahead(run, range(40), 5)
     assert next(found) == (0, 1)
     time.sleep(0.2)
     assert len(begun) == 6, "five ahead of the one that was asked for, and no more"
@@ -142,7 +143,7 @@ def test_what_is_read_ahead_is_dropped_at_an_error() -> None:
         begun.append(item)
         return 1 / (item - 3)
 
-    found = _ahead(run, range(1000), 4)
+    found = read_ahead(run, range(1000), 4)
     with pytest.raises(ZeroDivisionError):
         list(found)
     assert len(begun) < 12

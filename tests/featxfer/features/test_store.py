@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from featxfer.features.store import (
+    FeatureRows,
     FeatureStore,
     Manifest,
-    Rows,
     StoreError,
     align,
     damaged_parts,
@@ -40,11 +40,11 @@ MANIFEST = Manifest(
 )
 
 
-def part(index: int) -> Rows:
+def part(index: int) -> FeatureRows:
     """Part `index` of ten rows, four a part; image 5 cannot be read."""
     numbers = [n for n in range(index * 4, min(index * 4 + 4, 10)) if n != 5]
     features = torch.tensor(numbers, dtype=torch.float32)[:, None] * torch.ones(3)
-    return Rows(tuple(map(str, numbers)), features, {"5": "cut short"} if index == 1 else {})
+    return FeatureRows(tuple(map(str, numbers)), features, {"5": "cut short"} if index == 1 else {})
 
 
 def fill(store: FeatureStore) -> None:
@@ -107,6 +107,20 @@ def test_rows_are_taken_from_the_disk_by_index(tmp_path: Path) -> None:
         assert torch.equal(stored.take(indices), rows.features[indices])
 
 
+@pytest.mark.parametrize("names", [(), {"0"}, {"1": "why", "6": "why"}, set("0123"), {"8", "9"}])
+def test_rows_of_some_images_are_taken_out_in_memory_and_on_disk_alike(
+    tmp_path: Path, names: Any
+) -> None:
+    store = FeatureStore(tmp_path, MANIFEST)
+    fill(store)
+    rows, stored = store.read().without(names), store.open_rows().without(names)
+    wanted = [name for name in "012346789" if name not in names]
+    assert rows.ids == stored.ids == tuple(wanted)
+    assert rows.features[:, 0].tolist() == [float(name) for name in wanted]
+    assert torch.equal(stored.take(torch.arange(len(stored))), rows.features)
+    assert rows.skipped == stored.skipped == {"5": "cut short"}
+
+
 def test_an_incomplete_store_says_which_part(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, MANIFEST)
     store.write_part(0, part(0))
@@ -125,7 +139,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="is damaged; delete it"):
             store.read()
     path.write_bytes(data)
-    assert store.damaged_parts() == []
+    assert damaged_parts(store.directory) == []
 
 
 def test_what_a_part_skipped_is_read_from_the_head_of_its_file(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from featxfer import FeatureTransferBlock
+from featxfer import Card, Degradation, FeatureTransferBlock
 
 MAPS = torch.randn(3, 6, 5, 4, generator=torch.Generator().manual_seed(0))
 
@@ -85,6 +87,75 @@ def test_statistics_are_those_of_channels() -> None:
     assert float(block.input_std[2]) == 1.0
 
 
+def as_tokens(maps: torch.Tensor, prefix: int) -> torch.Tensor:
+    """The maps as tokens behind others, of zeros and negative zeros."""
+    before = maps.new_zeros(len(maps), prefix, maps.shape[1])
+    before.view(-1)[::2] = -0.0
+    return torch.cat([before, maps.movedim(1, -1).flatten(1, 2)], 1)
+
+
+@pytest.mark.parametrize(
+    ("grid", "sizes"), [(None, (4, 4)), ((5, 4), (5, 4)), ([4, 5], (4, 5)), ((1, 7), (1, 7))]
+)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_tokens_are_a_map_behind_what_passes(
+    prefix: int, grid: Any, sizes: tuple[int, int]
+) -> None:
+    maps = torch.randn(3, 6, *sizes, generator=torch.Generator().manual_seed(1))
+    tokens = as_tokens(maps, prefix)
+    options: dict[str, Any] = {"layout": "tokens", "prefix_tokens": prefix, "grid": grid}
+    untrained = make_block(**options)(tokens).detach()
+    assert torch.equal(untrained.view(torch.int32), tokens.view(torch.int32))
+    plain, block = make_block(), make_block(**options)
+    plain.set_input_statistics(maps)
+    block.set_input_statistics(tokens)
+    assert torch.allclose(block.input_mean, plain.input_mean, atol=1e-6)
+    assert torch.allclose(block.input_std, plain.input_std, atol=1e-6)
+    found = randomised(block)(tokens)
+    assert torch.allclose(found, as_tokens(randomised(plain)(maps), prefix), atol=1e-5)
+    bits = found.detach()[:, :prefix].contiguous().view(torch.int32)
+    assert torch.equal(bits, tokens[:, :prefix].contiguous().view(torch.int32))
+    given = tokens.clone().requires_grad_()
+    block(given).square().sum().backward()
+    assert given.grad is not None
+    assert torch.equal(given.grad[:, :prefix], 2 * tokens[:, :prefix])
+    assert given.grad[:, prefix:].all()
+    assert all(p.grad is not None and p.grad.any() for p in block.units.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "wanted"),
+    [
+        ({"prefix_tokens": 1}, (2, 16, 6), r"\(n, 1 \+ side \* side, 6\)"),
+        ({"prefix_tokens": 1}, (2, 1, 6), r"\(n, 1 \+ side \* side, 6\)"),
+        ({"prefix_tokens": 3}, (2, 2, 6), r"\(n, 3 \+ side \* side, 6\)"),
+        ({}, (2, 16, 5), r"\(n, 0 \+ side \* side, 6\)"),
+        ({}, (2, 6, 4, 4), r"\(n, 0 \+ side \* side, 6\)"),
+        ({"grid": (2, 8)}, (2, 15, 6), r"\(n, 0 \+ 2 \* 8, 6\)"),
+    ],
+)
+def test_tokens_that_are_no_such_grid_are_refused(
+    options: dict[str, Any], shape: tuple[int, ...], wanted: str
+) -> None:
+    block = make_block(layout="tokens", **options)
+    for use in (block, block.set_input_statistics):
+        with pytest.raises(ValueError, match=rf"maps: got shape \({shape[0]}, .*tokens {wanted}"):
+            use(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("grid", [None, (2, 8)])
+def test_a_block_of_tokens_is_saved_with_its_grid(grid: Any, tmp_path: Path) -> None:
+    block = randomised(make_block(layout="tokens", prefix_tokens=1, grid=grid))
+    assert json.loads(json.dumps(block.config)) == block.config
+    block.card = Card("tiny", "ab" * 32, (Degradation(lr_size=16),))
+    block.save_pretrained(tmp_path)
+    again = FeatureTransferBlock.from_pretrained(tmp_path)
+    tokens = torch.randn(2, 17, 6)
+    assert again.config == block.config
+    assert torch.equal(again(tokens), block(tokens))
+    assert "grid" not in make_block().config
+
+
 def test_seeds_copies_and_pickles() -> None:
     weights = [first_unit(make_block(seed=seed)).spatial.weight for seed in (1, 1, 2)]
     assert torch.equal(weights[0], weights[1])
@@ -105,7 +176,16 @@ def test_seeds_copies_and_pickles() -> None:
         ({"units": 0}, "units: got 0"),
         ({"depthwise": "no"}, "depthwise: got 'no', wanted True or False"),
         ({"kernel_size": 4}, "kernel_size: got 4, wanted an odd one"),
-        ({"layout": "chw"}, "layout: got 'chw', wanted one of 'nchw', 'nhwc'"),
+        ({"prefix_tokens": 1}, "prefix_tokens: got 1 with layout 'nchw', wanted 'tokens'"),
+        (
+            {"layout": "nhwc", "grid": (2, 2)},
+            r"grid: got \(2, 2\) with layout 'nhwc', wanted 'tokens'",
+        ),
+        ({"layout": "tokens", "prefix_tokens": -1}, "prefix_tokens: got -1, wanted an int >= 0"),
+        ({"layout": "tokens", "grid": (2,)}, r"grid: got \(2,\), wanted \(rows, columns\)"),
+        ({"layout": "tokens", "grid": (2, 0)}, "grid: got 0, wanted an int >= 1"),
+        ({"layout": "tokens", "grid": 4}, r"grid: got 4, wanted \(rows, columns\)"),
+        ({"layout": "chw"}, "layout: got 'chw', wanted one of 'nchw', 'nhwc', 'tokens'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -226,6 +226,10 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
         lambda tensors, said: said["log"][1].update(loss="low"),
         "log: got EpochLog.epoch=1, loss='low'.*, wanted the numbers of epoch 1",
     ),
+    "another format": (
+        lambda tensors, said: said["settings"].update(format=1),
+        "format: got 1, wanted 2",
+    ),
     "no log": (lambda tensors, said: said["log"].clear(), "log: got no epoch"),
     "a log with more fields": (
         lambda tensors, said: said["log"][0].update(more=1),

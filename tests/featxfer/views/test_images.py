@@ -17,8 +17,10 @@ import torch
 from PIL import Image, ImageFile, features
 
 from featxfer import Backbone, Degradation, ImageError, extract_features, open_images
-from featxfer.views import images as images_module
-from featxfer.views.images import ImageSource, cropped, flipped, read_image, to_pixels
+from featxfer.views import decode
+from featxfer.views.augment import cropped, flipped
+from featxfer.views.decode import read_image, to_pixels
+from featxfer.views.images import ImageSource
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -337,13 +339,13 @@ def test_packages_that_replace_pillows_open_do_not_change_what_is_read(
     (tmp_path / "a.png").write_bytes(encoded("PNG"))
     (tmp_path / "b.png").write_bytes(b"no image")
     monkeypatch.setattr(Image, "open", foreign)
-    module = images_module
+    module = decode
     if order == "patched first":
-        spec = importlib.util.spec_from_file_location("fresh_images", images_module.__file__)
+        spec = importlib.util.spec_from_file_location("fresh_decode", decode.__file__)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "fresh_images", module)
+        monkeypatch.setitem(sys.modules, "fresh_decode", module)
         spec.loader.exec_module(module)
     pixels = module.read_image(tmp_path / "a.png")
     assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy(picture()))
@@ -409,6 +411,26 @@ def test_the_classes_of_a_deep_tree_are_its_first_folders(
     assert capsys.readouterr().err.endswith("left out: 1 hidden; classes without images: cow\n")
 
 
+def test_crops_are_parts_of_images_and_the_same_every_time(image_folder: Path) -> None:
+    images = open_images(image_folder)
+    crops = [cropped(images, draw, least=0.5) for draw in (0, 0, 1)]
+    first, again, other = ([part.read(i) for i in range(len(images))] for part in crops)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(first, other, strict=False))
+    assert crops[0].fingerprint == crops[1].fingerprint != crops[2].fingerprint
+    for index, crop in enumerate(first):
+        whole = images.read(index)
+        assert 0.4 < crop[0].numel() / whole[0].numel() <= 1
+        windows = whole.unfold(1, crop.shape[1], 1).unfold(2, crop.shape[2], 1)
+        found = [
+            (windows == part[:, None, None]).all(-1).all(-1).all(0)
+            for part in (crop, crop.flip(-1))
+        ]
+        assert bool(torch.stack(found).any())
+    with pytest.raises(ValueError, match=r"least: got 0, wanted a share in \(0, 1\]"):
+        cropped(images, 0, least=0)
+
+
 def test_linked_folders_are_followed_and_never_for_ever(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -424,13 +446,17 @@ def test_linked_folders_are_followed_and_never_for_ever(
 def test_formats_that_this_pillow_lacks_are_left_out_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lacking = tuple(suffix for suffix in images_module.SUFFIXES if suffix != ".avif")
-    monkeypatch.setattr(images_module, "SUFFIXES", lacking)
+    decode.suffixes.cache_clear()
+    there = [name for name in features.get_supported() if name != "avif"]
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "get_supported", lambda: there)
+        assert ".avif" not in decode.suffixes()
     assert len(open_images(tree(tmp_path, "a.png", "b.avif", "c.heic"))) == 1
     assert "2 of other kinds (.avif 1, .heic 1)" in capsys.readouterr().err
     monkeypatch.setitem(Image.OPEN, "PNG", (Image.OPEN["PNG"][0], lambda start: "no PNG here"))
     with pytest.raises(ImageError, match=r"a\.png cannot be read: no PNG here"):
         read_image(tmp_path / "a.png")
+    decode.suffixes.cache_clear()
 
 
 @pytest.mark.parametrize(

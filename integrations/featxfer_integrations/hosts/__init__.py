@@ -1,0 +1,45 @@
+"""What is known of other libraries' models, a file each; the registry that finds them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from torch import nn
+
+from featxfer_integrations.hosts.base import Host
+
+_BUILT_IN = {"torchvision_detection": "torchvision", "torchvision": "torchvision", "timm": "timm"}
+"""Modules of this folder, in the order that they are asked, and the library that each is of."""
+
+_REGISTERED: list[Host] = []
+
+
+def register_host(host: Host) -> None:
+    """Makes a host of one's own known: it is asked before those that are known already.
+
+    Raises `TypeError` for what is no `Host`; one of the same name takes its place.
+    """
+    if not isinstance(host, Host):
+        raise TypeError(f"host: got {type(host).__name__}, wanted a featxfer_integrations.Host")
+    _REGISTERED[:] = [host, *(known for known in _REGISTERED if known.name != host.name)]
+
+
+def host_named(module: str) -> Host:
+    """The host in one of this folder's modules, imported now."""
+    found: Host = importlib.import_module(f"featxfer_integrations.hosts.{module}").HOST
+    return found
+
+
+def host_of(model: nn.Module) -> Host:
+    """The host that owns a model; `Host()`, which asks to be told more, where none does.
+
+    A built-in host is imported where its library has been, as that of a model has.
+    """
+    for host in _REGISTERED:
+        if host.owns(model):
+            return host
+    for module, library in _BUILT_IN.items():
+        if library in sys.modules and host_named(module).owns(model):
+            return host_named(module)
+    return Host()

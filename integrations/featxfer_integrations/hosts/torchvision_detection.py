@@ -1,0 +1,324 @@
+"""torchvision's detectors: where heads and blocks go, and what of the model is run for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.retinanet import RetinaNet
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import FeaturePyramidNetwork
+
+from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
+from featxfer.checks import check_choice
+from featxfer.features.backbone import frozen
+from featxfer_integrations.hosts.base import Host, black_image
+from featxfer_integrations.hosts.batch import Batch, Sampler
+from featxfer_integrations.hosts.torchvision_boxes import (
+    TOWERS,
+    BoxSampler,
+    PositionSampler,
+    propose_boxes,
+    show_heads,
+    transformed,
+)
+from featxfer_integrations.mechanism.capture import watched
+from featxfer_integrations.mechanism.shown import Shown
+from featxfer_integrations.mechanism.site import (
+    CHILD,
+    AttachError,
+    Lens,
+    Site,
+    module_site,
+    no_site,
+)
+
+BRANCHES = ("class", "both")
+"""Of the predictor: what a head at `site="boxes"` acts on."""
+
+REDUCTIONS = (8, 16, 32)
+"""Blocks go where the backbone's last maps of so many times less than the image's size end."""
+
+INPUT_SIZE = 256
+"""Side of the image that a backbone is tried on, in pixels, where the detector has no fixed one."""
+
+
+class TorchvisionDetection(Host):
+    """torchvision's detectors, and those made by hand of their classes."""
+
+    name = "torchvision detection"
+    site = "boxes"
+    degradation = ScaledDegradation
+    detects = True
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether it is one of torchvision's four kinds of detectors."""
+        return isinstance(model, GeneralizedRCNN | RetinaNet | FCOS | SSD)
+
+    def model_name(self, model: Any) -> str:
+        """The model's class: torchvision's models do not keep their builder's name."""
+        return f"torchvision/{type(model).__name__}"
+
+    def preprocessing(self, model: Any) -> Preprocessing:
+        """Mean and std of the detector's own transform."""
+        transform = model.transform
+        return Preprocessing(tuple(transform.image_mean), tuple(transform.image_std), None)
+
+    def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
+        """Images keep their sizes."""
+        return ScaledDegradation()
+
+    def input_size(self, model: Any) -> int:
+        """Side of the images that the backbone is tried on, in pixels."""
+        transform = model.transform
+        return max(transform.fixed_size) if transform.fixed_size else INPUT_SIZE
+
+    def image(self, model: Any) -> Tensor:
+        """A black image, as the backbone takes it too."""
+        size = self.input_size(model)
+        return black_image(model, size, size)
+
+    def head(self, model: Any) -> Site:
+        """None: a detector has no pooled feature."""
+        raise AttachError(f"model: {type(model).__name__} is a detector and has no pooled feature")
+
+    def sites(self, model: Any, name: str, branch: str = "class") -> list[Site]:
+        """What "boxes", "backbone", "fpn", one of their sites, a stage or a module stands for.
+
+        Raises:
+            AttachError: the detector has no such site; candidates are listed.
+            ValueError: another branch, or one where there is none.
+        """
+        check_choice("branch", branch, BRANCHES)
+        if name.startswith("boxes_regression"):
+            branch = "both"
+        if branch != "class" and not name.startswith("boxes"):
+            raise ValueError(f"branch: got {branch!r}, which is for site='boxes', not {name!r}")
+        if name == "boxes":
+            return box_sites(model, branch)
+        if name in ("backbone", "blocks"):
+            return [self.after(model, inner, kind="block") for inner in self.blocks(model)]
+        if name == "fpn":
+            return _level_sites(model)
+        named = box_sites(model, branch) if name.startswith("boxes") else []
+        named += _level_sites(model) if name.startswith("fpn") else []
+        found = [site for site in named if site.name == name]
+        if not found and not name.startswith("stage") and name not in dict(model.named_modules()):
+            wanted = "'boxes', 'backbone', 'fpn', one of their sites or the name of a module"
+            raise no_site(model, f"site: got {name!r}, wanted {wanted}")
+        return found or super().sites(model, name)
+
+    def after(self, model: Any, name: str, kind: str | None = None) -> Site:
+        """After a module; what is in the backbone is found by running that alone."""
+        inside = name.startswith("backbone.")
+        site = module_site(model, name, kind=kind, run=run_backbone if inside else None)
+        return replace(site, repeats=not inside)
+
+    def stages(self, model: Any) -> list[str]:
+        """The last module of the backbone of each resolution, from the highest one."""
+        return list(_modules_by_reduction(model).values())
+
+    def blocks(self, model: Any) -> list[str]:
+        """The last modules of the backbone that give maps of 1/8, 1/16 and 1/32 of the image."""
+        last = _modules_by_reduction(model)
+        found = [last[reduction] for reduction in REDUCTIONS if reduction in last]
+        if not found:
+            raise no_site(
+                model, "site: the backbone has no maps of 1/8 to 1/32 of the image's size"
+            )
+        return found
+
+    def behind(self, model: Any, site: Site) -> tuple[str, ...]:
+        """All but the backbone for what is in it; else the predictors, and heads of other kinds."""
+        if all(name.startswith("backbone") for name in site.modules):
+            names = (name for name, _ in model.named_children())
+            return tuple(name for name in names if name not in ("backbone", CHILD))
+        if isinstance(model, GeneralizedRCNN):
+            heads = model.get_submodule("roi_heads").named_children()
+            before = ("box_roi_pool", "box_head")
+            return tuple(f"roi_heads.{name}" for name, _ in heads if name not in before)
+        last = [name for found in box_sites(model, "both") for name in found.modules]
+        return (*last, *(site.modules if site.side == "input" else ()))
+
+    def answers(self, model: Any, batch: Any) -> Any:
+        """All that the heads say of images, before anything is left out for its score."""
+        heads = ("rpn.head", "roi_heads") if isinstance(model, GeneralizedRCNN) else ("head",)
+        said: list[Any] = []
+        names = [name for name, _ in model.named_modules() if name.startswith(heads)]
+        with watched(model, names, after=lambda _, output: said.append(output)):
+            said.append(model(list(batch)))
+        return said
+
+    def batch(self, model: Any, images: Sequence[Tensor], preprocessing: Preprocessing) -> Batch:
+        """Images as the detector's own transform gives them to its backbone."""
+        return transformed(model, images)
+
+    def show(self, model: Any, batch: Batch) -> Shown:
+        """The pyramid's maps, and the features of the batch's boxes, if there are any."""
+        return show_heads(model, batch)
+
+    def proposes(self, model: Any) -> bool:
+        """R-CNNs do."""
+        return isinstance(model, GeneralizedRCNN)
+
+    def propose(
+        self, model: Any, batch: Batch, shown: Shown, count: int, chance: torch.Generator
+    ) -> Tensor:
+        """Boxes of those proposed, half of them balanced by their classes."""
+        return propose_boxes(model, batch, shown.maps, count, chance)
+
+    def sampler(self, model: Any, sites: Sequence[Site], per_image: int) -> Sampler:
+        """Boxes of R-CNNs, positions of others."""
+        if isinstance(model, GeneralizedRCNN):
+            return BoxSampler(model, sites, per_image)
+        return PositionSampler(model, sites, box_sites(model), per_image)
+
+
+HOST = TorchvisionDetection()
+
+
+def box_sites(model: nn.Module, branch: str = "class") -> list[Site]:
+    """Where the features of boxes, or of positions, meet the predictor.
+
+    R-CNNs: one place, before the class scores, or with branch "both" after `box_head`. Others: at
+    each position before the last convolutions of the classification branch (and of the regression
+    branch, at places of their own); SSD has one a level.
+    """
+    if isinstance(model, GeneralizedRCNN):
+        return [_roi_site(model, branch)]
+    towers = dict(list(TOWERS.items())[: 1 if branch == "class" else 2])
+    return [
+        replace(site, branch=branch)
+        for name, tower in towers.items()
+        for site in _dense_sites(model, name, tower)
+    ]
+
+
+def _roi_site(model: nn.Module, branch: str) -> Site:
+    """R-CNN's place."""
+    modules = dict(model.named_modules())
+    scores = modules.get("roi_heads.box_predictor.cls_score")
+    if not isinstance(scores, nn.Linear):
+        raise no_site(
+            model,
+            "model: wanted a linear layer roi_heads.box_predictor.cls_score; "
+            "name the module whose output is the boxes' feature by site=",
+        )
+    if branch == "class":
+        return _head_site("boxes", scores.in_features, ("roi_heads.box_predictor.cls_score",))
+    if "roi_heads.box_head" not in modules:
+        raise no_site(model, "branch: no module roi_heads.box_head, which 'both' goes after")
+    site = _head_site("boxes", scores.in_features, ("roi_heads.box_head",))
+    return replace(site, side="output", branch=branch)
+
+
+def _dense_sites(model: nn.Module, name: str, tower: str) -> Iterator[Site]:
+    """Before the last convolutions of a tower, a place for each level that has its own."""
+    path = f"head.{tower}"
+    modules = dict(model.named_modules())
+    if path not in modules:
+        raise no_site(model, f"model: wanted a module {path}; name another by site=")
+    levels = modules.get(f"{path}.module_list")
+    if levels is not None:
+        for level, layers in levels.named_children():
+            last = [n for n, layer in layers.named_modules() if isinstance(layer, nn.Conv2d)][-1]
+            inner = f"{path}.module_list.{level}" + (f".{last}" if last else "")
+            yield _head_site(f"{name}{level}", _channels(modules[inner]), (inner,))
+        return
+    last = [n for n, layer in modules[path].named_children() if isinstance(layer, nn.Conv2d)]
+    if not last:
+        raise no_site(model, f"model: {path} ends in no convolution; name a module by site=")
+    inputs = tuple(f"{path}.{layer}" for layer in last)
+    yield _head_site(name, _channels(modules[inputs[0]]), inputs)
+
+
+def _head_site(name: str, width: int, modules: tuple[str, ...]) -> Site:
+    return Site(
+        name, modules, "input", width, kind="head", asked=name, branch="class", repeats=True
+    )
+
+
+def _channels(layer: nn.Module) -> int:
+    assert isinstance(layer, nn.Conv2d)
+    return layer.in_channels
+
+
+def _level_sites(model: nn.Module) -> list[Site]:
+    """After the backbone with its pyramid: a place for a block at each level."""
+    output = _try_backbone(model)
+    levels = (
+        [((), output)]
+        if isinstance(output, Tensor)
+        else [((level,), maps) for level, maps in output.items()]
+    )
+    return [
+        Site(
+            f"fpn{index}",
+            ("backbone",),
+            width=maps.shape[1],
+            layout="nchw",
+            extent=tuple(maps.shape[2:]),
+            kind="block",
+            lens=Lens(path),
+            asked=f"fpn{index}",
+            run=run_backbone,
+        )
+        for index, (path, maps) in enumerate(levels)
+    ]
+
+
+def run_backbone(model: nn.Module, images: Tensor) -> object:
+    """The maps of the pyramid, of images as the backbone takes them."""
+    backbone: Any = model.backbone
+    return backbone(images)
+
+
+def _try_backbone(model: nn.Module) -> Any:
+    with frozen(model):
+        return run_backbone(model, HOST.image(model))
+
+
+def _modules_by_reduction(model: nn.Module) -> dict[int, str]:
+    """Names of the backbone's last modules of each resolution, by how much it is reduced.
+
+    From one run. Modules inside of a pyramid are left out, and those inside of modules that give
+    maps themselves and are no lists of layers. Where a module's maps are what the backbone returns
+    of a resolution, as SSD's are, it is that resolution's last: later ones are not seen there.
+    """
+    size, backbone = HOST.input_size(model), model.get_submodule("backbone")
+    reductions: dict[str, int] = {}
+    maps: dict[str, Tensor] = {}
+
+    def note(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and 1 < output.shape[2] < size:
+            reductions[name] = 2 ** round(math.log2(size / output.shape[2]))
+            maps[name] = output
+
+    names = [name for name, _ in backbone.named_modules(prefix="backbone")]
+    with watched(model, names, after=note):
+        returned = _try_backbone(model)
+    stages = set(_stages(backbone, "backbone", reductions))
+    last = {reduction: name for name, reduction in reductions.items() if name in stages}
+    levels = [] if isinstance(returned, Tensor) else list(returned.values())
+    for name in stages:
+        if any(maps[name] is level for level in levels):
+            last[reductions[name]] = name
+    return dict(sorted(last.items()))
+
+
+def _stages(module: nn.Module, path: str, giving: Container[str]) -> Iterator[str]:
+    """Names of modules that give maps, and of those in lists of layers among them."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}"
+        if isinstance(child, FeaturePyramidNetwork):
+            continue
+        if inner not in giving or isinstance(child, nn.Sequential):
+            yield from _stages(child, inner, giving)
+        if inner in giving:
+            yield inner

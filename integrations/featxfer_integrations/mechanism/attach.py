@@ -1,0 +1,332 @@
+"""How modules are attached to a host, switched off and taken away; knows torch only."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featxfer.modules.base import TransferModule
+from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
+
+_DISABLED: ContextVar[frozenset[int]] = ContextVar("_DISABLED", default=frozenset())
+"""`id` of each `Transfers` that is disabled, in this thread (or task) and in no other."""
+
+_DISTURBED: ContextVar[frozenset[tuple[int, str]]] = ContextVar("_DISTURBED", default=frozenset())
+"""`id` of a `Transfers` and site where features are disturbed, in this thread."""
+
+
+class Transfers(nn.ModuleDict):
+    """What is attached to one host, by site; the host's only new child.
+
+    It is a child of the host and not of the hooked modules, since these may be replaced
+    (`reset_classifier`), may be several that share one head, or run their children (`Sequential`).
+    A host that is a `Sequential` runs this module last: it returns what it gets.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: dict[str, Site] = {}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it acts in this thread, see `transfer_disabled`."""
+        return id(self) not in _DISABLED.get()
+
+    def __getitem__(self, key: str) -> TransferModule:
+        """What is attached at a site."""
+        module = super().__getitem__(key)
+        assert isinstance(module, TransferModule)
+        return module
+
+    def forward(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+    def transfer(self, site: str, features: Tensor) -> Tensor:
+        """`features` through what is attached at `site`, or as they are while disabled."""
+        if not self.enabled:
+            return features
+        if (id(self), site) in _DISTURBED.get():
+            features = _disturb(features)
+        transferred: Tensor = self[site](features)
+        return transferred
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """A checkpoint of the plain host, without any of these tensors, leaves them as they are."""
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict.update(self.state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def transfers_of(host: nn.Module) -> Transfers:
+    """What is attached to `host`, by site: "head", or the stage's or module's name without dots.
+
+    The same is `host.feature_transfer`. Raises `AttachError` if nothing is attached.
+    """
+    found = host._modules.get(CHILD)
+    if not isinstance(found, Transfers):
+        inner = [name for name, module in host.named_modules() if CHILD in module._modules]
+        told = f", something is to its module {inner[0]!r}: pass that" if inner else ""
+        raise AttachError(f"model: nothing is attached to this {type(host).__name__}{told}")
+    return found
+
+
+def is_attached(host: nn.Module) -> bool:
+    """Whether something is attached to `host` itself."""
+    return isinstance(host._modules.get(CHILD), Transfers)
+
+
+def attached_at(host: nn.Module, site: Site) -> TransferModule | None:
+    """What is attached to `host` at `site`, if something is."""
+    if is_attached(host) and site.name in transfers_of(host):
+        return transfers_of(host)[site.name]
+    return None
+
+
+def attached_sites(host: nn.Module) -> list[Site]:
+    """Where something is attached to `host`, in the order that it was."""
+    return list(transfers_of(host).sites.values()) if is_attached(host) else []
+
+
+def install(
+    host: nn.Module, site: Site, module: TransferModule, dtype: torch.dtype | None = None
+) -> None:
+    """Makes `module` act at `site`, on the host's device and in its dtype, or in `dtype`.
+
+    Everything has been checked before.
+    """
+    like = host_parameter(host)
+    if like is not None:
+        module.to(like.device, dtype or like.dtype)
+    elif dtype is not None:
+        module.to(dtype)
+    module.train(host.training)
+    if not is_attached(host):
+        host.add_module(CHILD, Transfers())
+        host.register_forward_pre_hook(partial(_check_hooks, transfers_of(host)))
+    transfers_of(host)[site.name] = module
+    hook_modules(host, site)
+    for method, function in _methods(host, site).items():
+        setattr(host, method, partial(function, host))
+
+
+def _methods(host: nn.Module, site: Site) -> dict[str, Callable[..., Any]]:
+    """Methods of the host that are replaced while something is attached at `site`."""
+    saves = {"save_pretrained": _save_pretrained} if hasattr(host, "save_pretrained") else {}
+    return {**site.methods, **saves}
+
+
+def hook_modules(host: nn.Module, site: Site) -> None:
+    """Registers the hooks of `site`; cluster logits pass the classifiers by."""
+    transfers = transfers_of(host)
+    transfers.sites[site.name] = site
+    for name in site.modules:
+        module = host.get_submodule(name)
+        if site.side == "output":
+            module.register_forward_hook(partial(_transfer_output, transfers, site.name))
+        elif gives_clusters(transfers[site.name]):
+            module.forward = partial(_pass_by, transfers, site.name, module)
+        else:
+            module.register_forward_pre_hook(partial(_transfer_input, transfers, site.name))
+    _forget_compiled()
+
+
+def unhook_modules(host: nn.Module, site: str | None = None) -> None:
+    """Removes the hooks of one site, or of all, wherever in the host they are."""
+    transfers = transfers_of(host)
+    for module in host.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if _is_ours(hook, transfers, site)]:
+                del hooks[key]
+        if _is_ours(vars(module).get("forward"), transfers, site):
+            del module.forward
+    _forget_compiled()
+
+
+def _is_ours(hook: object, transfers: Transfers, site: str | None) -> bool:
+    """Whether a hook is that of one site, or of any."""
+    if not isinstance(hook, partial) or hook.args[:1] != (transfers,):
+        return False
+    if hook.func is _check_hooks:
+        return site is None
+    acts = hook.func in (_transfer_input, _transfer_output, _pass_by)
+    return acts and site in (None, hook.args[1])
+
+
+def uninstall(host: nn.Module, site: Site) -> None:
+    """Takes away what is attached at one site."""
+    transfers = transfers_of(host)
+    if len(transfers) == 1:
+        remove_all(host)
+        return
+    unhook_modules(host, site.name)
+    del transfers[site.name], transfers.sites[site.name]
+    kept = {name for other in transfers.sites.values() for name in _methods(host, other)}
+    for method in _methods(host, site).keys() - kept:
+        delattr(host, method)
+
+
+def remove_all(host: nn.Module) -> None:
+    """Takes everything away that `install` did; raises `AttachError` if nothing is attached."""
+    unhook_modules(host)
+    for method in {name for site in attached_sites(host) for name in _methods(host, site)}:
+        delattr(host, method)
+    delattr(host, CHILD)
+
+
+def _forget_compiled() -> None:
+    """Lets whatever `torch.compile` has made of the host meet the hooks that are there now.
+
+    Compiled code does not look whether hooks have changed since, and may be of a function or module
+    around the host, which nothing tells: all that is compiled is compiled anew.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def gives_clusters(module: object) -> bool:
+    """Whether a head's output is no feature of the backbone but k cluster logits."""
+    return getattr(module, "output", None) == "clusters"
+
+
+@contextmanager
+def transfer_disabled(host: nn.Module) -> Iterator[None]:
+    """Inside, the host gives its plain features, in this thread alone (or in this task).
+
+    Raises `AttachError` if nothing is attached.
+    """
+    token = _DISABLED.set(_DISABLED.get() | {id(transfers_of(host))})
+    try:
+        yield
+    finally:
+        _DISABLED.reset(token)
+
+
+@contextmanager
+def disturbed(transfers: Transfers, site: str) -> Iterator[None]:
+    """Inside, what arrives at `site` is changed a lot, so that whatever hangs on it changes."""
+    token = _DISTURBED.set(_DISTURBED.get() | {(id(transfers), site)})
+    try:
+        yield
+    finally:
+        _DISTURBED.reset(token)
+
+
+def _disturb(features: Tensor) -> Tensor:
+    """Another value for each number, which no norm behind it takes away."""
+    steps = torch.arange(features.numel(), dtype=torch.float32, device=features.device)
+    wave = steps.sin().view(features.shape).to(features.dtype)
+    return features + (features.abs().amax() + 1) * wave
+
+
+def check_host(host: nn.Module) -> None:
+    """Raises `TypeError` or `AttachError` for what no module can be attached to."""
+    if not isinstance(host, nn.Module):
+        raise TypeError(f"model: got {type(host).__name__}, wanted a torch.nn.Module")
+    if isinstance(host, torch.jit.ScriptModule):
+        raise AttachError("model: got a TorchScript module, wanted the model before scripting")
+    if hasattr(host, "_orig_mod"):
+        raise AttachError("model: got a compiled module, attach first and compile after")
+    if isinstance(host, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise AttachError(f"model: got a {type(host).__name__}, wanted the model in it, .module")
+    for name, module in host.named_modules():
+        kind = type(module)
+        if ".quantized" in kind.__module__:
+            raise AttachError(
+                f"model: module {name!r} is quantised ({kind.__name__}), "
+                "wanted a model in floating point"
+            )
+        if module._compiled_call_impl is not None:
+            what = f"module {name!r}" if name else "it"
+            raise AttachError(
+                f"model: {what} was compiled in place, which ignores what is attached later; "
+                "attach first and compile after"
+            )
+        if kind.__module__.partition(".")[0] == "peft":
+            raise AttachError(
+                f"model: module {name!r} is peft's {kind.__name__}, which freezes what is "
+                "attached; wanted the model without it (attach first, then train_transfer_only)"
+            )
+
+
+def host_parameter(host: nn.Module) -> Tensor | None:
+    """The host's last floating-point parameter: its device and dtype are followed."""
+    tensors = [
+        value
+        for name, value in host.named_parameters()
+        if value.is_floating_point() and not name.startswith(f"{CHILD}.")
+    ]
+    return tensors[-1] if tensors else None
+
+
+def host_device(host: nn.Module) -> torch.device:
+    """Of the host's parameters; in `with`, new tensors are made there, whatever torch's default."""
+    like = host_parameter(host)
+    return torch.device("cpu") if like is None else like.device
+
+
+def _check_hooks(transfers: Transfers, host: nn.Module, args: object) -> None:
+    """Before the host runs: raises `AttachError` where a module has come that has no hook."""
+    if torch.compiler.is_compiling() or not transfers.enabled:
+        return
+    for site in transfers.sites.values():
+        for name in site.modules:
+            module = _find(host, name)
+            hooks: list[object] = []
+            if module is not None:
+                hooks += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+                hooks.append(vars(module).get("forward"))
+            if not any(_is_ours(hook, transfers, site.name) for hook in hooks):
+                raise AttachError(
+                    f"model: module {name!r}, to which {site.name!r} was attached, was taken away "
+                    "or replaced since; detach_transfer and attach again"
+                )
+
+
+def _find(host: nn.Module, name: str) -> nn.Module | None:
+    """The module of that name, if there is one."""
+    module: nn.Module | None = host
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    return module
+
+
+def _transfer_input(
+    transfers: Transfers, site: str, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    lens = transfers.sites[site].lens
+    return (lens.put(args[0], transfers.transfer(site, lens.get(args[0]))), *args[1:])
+
+
+def _pass_by(transfers: Transfers, site: str, classifier: nn.Module, features: Tensor) -> Any:
+    """In place of a classifier's `forward`: cluster logits; its own result while disabled."""
+    if transfers.enabled:
+        return transfers.transfer(site, features)
+    return type(classifier).forward(classifier, features)
+
+
+def _transfer_output(
+    transfers: Transfers, site: str, module: nn.Module, args: tuple[Any, ...], output: Any
+) -> Any:
+    lens = transfers.sites[site].lens
+    return lens.put(output, transfers.transfer(site, lens.get(output)))
+
+
+def _save_pretrained(host: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of the host's own, whose `from_pretrained` would not attach anything."""
+    warnings.warn(
+        f"save_pretrained: from_pretrained of {type(host).__name__} gives the model without what "
+        "is attached; save that by save_transfers besides, and attach it by load_transfers",
+        stacklevel=2,
+    )
+    return type(host).save_pretrained(host, *args, **kwargs)

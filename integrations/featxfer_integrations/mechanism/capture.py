@@ -1,0 +1,125 @@
+"""The one collector of what passes the modules of a model while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from featxfer_integrations.mechanism.attach import host_parameter, is_attached, transfer_disabled
+from featxfer_integrations.mechanism.site import AttachError, Lens, Site
+
+
+@contextmanager
+def watched(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    before: Callable[[str, Any], object] | None = None,
+    after: Callable[[str, Any], object] | None = None,
+) -> Iterator[None]:
+    """Inside, each run of these modules is told: the name, with the arguments or the result."""
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        if before is not None:
+            hook = partial(_told_before, before, name)
+            handles.append(module.register_forward_pre_hook(hook))
+        if after is not None:
+            handles.append(module.register_forward_hook(partial(_told_after, after, name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _told_before(tell: Callable[[str, Any], object], name: str, _: nn.Module, args: Any) -> None:
+    tell(name, args)
+
+
+def _told_after(
+    tell: Callable[[str, Any], object], name: str, _: nn.Module, __: Any, output: Any
+) -> None:
+    tell(name, output)
+
+
+@contextmanager
+def captured(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, list[Any]]]:
+    """What arrives inside at each site's first module, in the order that it does."""
+    taken: dict[str, list[Any]] = {site.name: [] for site in sites}
+    at: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        at.setdefault((site.side, site.modules[0]), []).append(site)
+
+    def note(side: str, name: str, value: Any) -> None:
+        for site in at[side, name]:
+            value_there = value[0] if side == "input" and value else value
+            taken[site.name].append(site.lens.get(value_there))
+
+    inputs = [name for side, name in at if side == "input"]
+    outputs = [name for side, name in at if side == "output"]
+    with (
+        watched(model, inputs, before=partial(note, "input")),
+        watched(model, outputs, after=partial(note, "output")),
+    ):
+        yield taken
+
+
+def run_host(host: nn.Module, site: Site, images: Any) -> object:
+    """Runs as much of the host as the site needs."""
+    return host(images) if site.run is None else site.run(host, images)
+
+
+def take_feature(host: nn.Module, site: Site, images: Any) -> Tensor:
+    """The plain feature at a site, as it passes there; what is attached is left out."""
+    if is_attached(host):
+        with transfer_disabled(host):
+            return take_enabled_feature(host, site, images)
+    return take_enabled_feature(host, site, images)
+
+
+def take_enabled_feature(host: nn.Module, site: Site, images: Any) -> Tensor:
+    """As `take_feature`, with what is attached before the site in use.
+
+    Raises `AttachError` where no tensor passes, or a module that is to run once runs again.
+    """
+    if site.feature is not None:
+        return site.feature(host, images)
+    with captured(host, [site]) as taken:
+        run_host(host, site, images)
+    found = taken[site.name]
+    if not found or not isinstance(found[0], Tensor):
+        raise AttachError(f"site: no tensor passes {site.where} when the model runs")
+    if len(found) > 1 and not site.repeats:
+        raise AttachError(
+            f"site: {site.where} runs {len(found)} times for an image, wanted a module that runs "
+            "once"
+        )
+    return found[0]
+
+
+def find_lens(host: nn.Module, site: Site, images: Any) -> Lens:
+    """The lens to the tensor that passes a site, from one run; errors as `take_feature`."""
+    values: list[Any] = []
+    name = site.modules[0]
+    tell = {"before" if site.side == "input" else "after": lambda _, value: values.append(value)}
+    with watched(host, [name], **tell):
+        run_host(host, site, images)
+    lens = (
+        Lens.found(values[0][0] if site.side == "input" and values[0] else values[0])
+        if (values)
+        else None
+    )
+    if lens is None:
+        raise AttachError(f"site: no tensor passes {site.where} when the model runs")
+    return lens
+
+
+def in_dtype(model: nn.Module, images: Tensor) -> Tensor:
+    """Images in the model's dtype."""
+    like = host_parameter(model)
+    return images if like is None else images.to(like.dtype)

@@ -1,0 +1,218 @@
+"""The part of a frozen model behind a site, as a module of its own: maps in, what it shows out.
+
+No layer is taken out of its model. A copy of the model runs as it always does, but the modules that
+are done before the site's maps are there return empty tensors of the right shape at no cost, and
+the site's module returns the maps that were kept. That is right where what is shown hangs on these
+maps alone, which is tested on an image before anything is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from featxfer.modules.base import TransferModule
+from featxfer_integrations.mechanism.attach import (
+    attached_at,
+    install,
+    is_attached,
+    remove_all,
+    transfers_of,
+)
+from featxfer_integrations.mechanism.capture import take_enabled_feature, take_feature, watched
+from featxfer_integrations.mechanism.shown import Show, Shown
+from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
+
+
+class FrozenCopy(nn.Module):
+    """A copy of a model, frozen but for what is attached to the copy; in float32, in eval mode.
+
+    Small steps are lost in half precision. What `attach` adds are its only parameters that ask for
+    gradients, and the only modules that `train` sets to training mode.
+
+    Args:
+        model: it is copied, not changed.
+        show: what the copy shows of a batch.
+        precision: "fp32", or "bf16" for autocast.
+        keep: sites whose modules are copied too, and stay frozen; others are left out.
+    """
+
+    def __init__(
+        self, model: nn.Module, show: Show, precision: str, keep: Sequence[Site] = ()
+    ) -> None:
+        super().__init__()
+        kept = [(site, copy.deepcopy(attached_at(model, site))) for site in keep]
+        self.host = copy.deepcopy(model)
+        if is_attached(self.host):
+            remove_all(self.host)
+        self.host.eval().requires_grad_(False).float()
+        for site, module in kept:
+            assert module is not None
+            install(self.host, site, module.eval().requires_grad_(False))
+        self.show, self.precision = show, precision
+
+    def attach(self, site: Site, module: TransferModule) -> None:
+        """Makes `module` act at `site`."""
+        module.requires_grad_(True)
+        install(self.host, site, module)
+
+    def train(self, mode: bool = True) -> FrozenCopy:
+        """Sets what is attached to training or eval mode, and nothing else."""
+        self.training = mode
+        if is_attached(self.host):
+            transfers_of(self.host).train(mode)
+        return self
+
+    def forward(self, batch: Any) -> Shown:
+        """What it shows of a batch, through what is attached."""
+        images = batch if isinstance(batch, Tensor) else batch.images
+        bf16 = self.precision == "bf16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            return self.show(self.host, batch).float()
+
+
+@dataclass
+class _Kept:
+    """The maps that the site's module is to return."""
+
+    maps: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Suffix(FrozenCopy):
+    """From the maps behind `site` to what the model shows, layers frozen.
+
+    Args:
+        model: the host; it is copied, not changed. What is attached to it is left out.
+        site: the place of the maps, or of tokens or vectors; what is attached comes later.
+        show: what the model shows of images.
+        image: one preprocessed square image `(1, 3, s, s)` to try it on.
+        precision: "fp32", or "bf16" for autocast.
+
+    Raises:
+        AttachError: what is shown hangs on more than these maps; they are no module's result.
+    """
+
+    def __init__(
+        self, model: nn.Module, site: Site, show: Show, image: Tensor, precision: str
+    ) -> None:
+        if site.side != "output" or not site.modules:
+            raise AttachError(f"site: what passes {site.where} is no module's result")
+        super().__init__(model, show, precision)
+        self.host.to(memory_format=torch.channels_last)
+        self.site, self._image, self._kept = site, image[:1].float(), _Kept()
+        with torch.no_grad():
+            maps = take_feature(self.host, site, self._image)
+            wanted = show(self.host, self._image)
+            self._skip(site.modules[0])
+            _spare_strided_depthwise(self.host)
+            got = self._replayed(maps, partial(show, self.host))
+        self.shape = tuple(maps.shape[1:])
+        for name, part in {**wanted.maps, **wanted.vectors}.items():
+            close = {**got.maps, **got.vectors}[name]
+            if not torch.allclose(close, part, rtol=1e-3, atol=1e-3 * float(part.abs().max())):
+                raise AttachError(
+                    f"site: what this {type(model).__name__} shows does not come from the maps "
+                    f"after {site.modules[0]!r} alone"
+                )
+
+    def maps_at(self, site: Site, maps: Tensor) -> Tensor:
+        """The maps that arrive at a site behind the first, through what is attached before."""
+        found: Tensor = self._replayed(maps, partial(take_enabled_feature, self.host, site))
+        return found
+
+    def attach(self, site: Site, module: TransferModule) -> None:
+        """Makes `module` act at `site`, which is the first one or behind it."""
+        super().attach(site, module)
+        module.to(memory_format=torch.channels_last)
+
+    def forward(self, maps: Tensor) -> Shown:
+        """What the model shows of maps, through what is attached."""
+        found: Shown = self._replayed(maps, super().forward)
+        return found
+
+    def _replayed(self, maps: Tensor, run: Any) -> Any:
+        kept = maps.float()
+        if kept.ndim == 4:
+            kept = kept.contiguous(memory_format=torch.channels_last)
+        self._kept.maps = kept
+        images = self._image.to(maps.device).expand(len(maps), -1, -1, -1)
+        try:
+            return run(images)
+        finally:
+            self._kept.maps = torch.empty(0)
+
+    def _skip(self, stage: str) -> None:
+        """Replaces the site's module by the kept maps, and all that is done before by nothing."""
+        done: dict[str, Any] = {}
+        passed: list[Any] = []
+
+        def note(name: str, output: Any) -> None:
+            if name == stage:
+                passed.append(output)
+            elif not passed:
+                done[name] = output
+
+        names = [
+            name for name, _ in self.host.named_modules() if name and name.split(".")[0] != CHILD
+        ]
+        with watched(self.host, names, after=note):
+            self.show(self.host, self._image)
+        for name in _outermost(done):
+            self.host.get_submodule(name).forward = partial(_empty, self._kept, done[name])
+        returned = partial(_kept_maps, self._kept, self.site, passed[0])
+        self.host.get_submodule(stage).forward = returned
+
+
+def _outermost(names: Iterable[str]) -> list[str]:
+    """The names that are not inside another of them."""
+    chosen = set(names)
+    return [
+        name
+        for name in chosen
+        if not any(name.startswith(f"{other}.") for other in chosen if other != name)
+    ]
+
+
+def _kept_maps(kept: _Kept, site: Site, recorded: Any, *_: Any, **__: Any) -> Any:
+    """What the site's module returned for one image, with the kept maps in it."""
+    return site.lens.put(_empty(kept, recorded) if site.lens.path else recorded, kept.maps)
+
+
+def _empty(kept: _Kept, recorded: Any, *_: Any, **__: Any) -> Any:
+    """What a module returned for one image, as zeros without memory for as many as there are."""
+
+    def shrink(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        zero = torch.zeros((), dtype=value.dtype, device=kept.maps.device)
+        return zero.expand(len(kept.maps), *value.shape[1:])
+
+    return pytree.tree_map(shrink, recorded)
+
+
+def _spare_strided_depthwise(model: nn.Module) -> None:
+    """On the CPU, strided depthwise convolutions run in float32 under autocast.
+
+    Their gradient in bfloat16 takes a path that was measured to be thirty times as slow.
+    """
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Conv2d)
+            and module.groups == module.in_channels > 1
+            and max(module.stride) > 1
+            and module.weight.device.type == "cpu"
+        ):
+            module.forward = partial(_in_float32, module)  # type: ignore[method-assign]
+
+
+def _in_float32(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        result: Tensor = type(convolution).forward(convolution, x.to(convolution.weight.dtype))
+        return result.to(x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featxfer import Recipe
+from featxfer import BLOCK_RECIPE
 from featxfer.console import tell
 from featxfer_integrations.hosts.batch import Batch
 from featxfer_integrations.mechanism.attach import transfer_disabled
@@ -20,14 +21,7 @@ from featxfer_integrations.mechanism.suffix import FrozenCopy
 from featxfer_integrations.stages.base import Judged, Task, Training
 from featxfer_integrations.stages.blocks import BlocksStage, ViewPairs
 
-DETECTOR_RECIPE = Recipe(
-    epochs=12,
-    batch_size=4,
-    learning_rate=4e-3,
-    weight_decay=0.05,
-    optimizer="adamw",
-    schedule="one-cycle",
-)
+DETECTOR_RECIPE = dataclasses.replace(BLOCK_RECIPE, epochs=12, batch_size=4)
 """For modules that are trained through the whole model."""
 
 PROBE = 16

@@ -45,6 +45,7 @@ from featxfer_integrations.options import FitOptions
 from featxfer_integrations.plan import Targets, plan
 from featxfer_integrations.report import TransferFit, warn_if_useless
 from featxfer_integrations.stages.base import Trained, run_stage
+from featxfer_integrations.stages.blocks import BlocksStage
 from featxfer_integrations.stages.heads import PooledStage
 
 
@@ -135,7 +136,7 @@ def _put(model: nn.Module, site: Site, module: TransferModule) -> None:
 
 def _report(trained: Sequence[Trained], skipped: dict[str, str]) -> TransferFit:
     heads, blocks = (
-        [part for part in trained if (part.stage.what == "blocks") == of_blocks]
+        [part for part in trained if isinstance(part.stage, BlocksStage) == of_blocks]
         for of_blocks in (False, True)
     )
     for part in trained:

@@ -72,7 +72,9 @@ def plan(
     if host.detects:
         options.refuse("it is not for detectors", "crops", "preprocessing", "batch_size")
     preprocessing = options.preprocessing or host.preprocessing(model)
-    views = _views(host, degradation or host.own_degradation(model, preprocessing), degradation)
+    if degradation is None:
+        degradation = host.own_degradation(model, preprocessing)
+    views = _views(host, degradation)
     square = host.image(model)
     if not host.detects:
         square = black_image(model, views[0].hr_size, views[0].hr_size)  # type: ignore[attr-defined]
@@ -96,20 +98,18 @@ def plan(
         return _detector_stages(task, blocks, heads), skipped
     if goals is not None:
         return [_through(task, sites, goals, square)], skipped
-    before: BlocksStage | None = None
-    if blocks:
-        shown = heads or [_head_of(host, model, square)]
-        before = _through(task, blocks, ShownAt(shown), square)
-        if heads and not isinstance(before, MapsStage):
-            raise AttachError(
-                f"site: a head at {heads[0].name!r} cannot be trained behind blocks whose maps do "
-                "not tell its feature alone; train the blocks, and leave the head away"
-            )
-    after = [
-        PooledStage(task, place, before if isinstance(before, MapsStage) else None)
-        for place in heads
-    ]
-    return [*after] if before is None else [before, *after], skipped
+    if not blocks:
+        return [PooledStage(task, place) for place in heads], skipped
+    shown = heads or [_head_of(host, model, square)]
+    before = _through(task, blocks, ShownAt(shown), square)
+    if not heads:
+        return [before], skipped
+    if not isinstance(before, MapsStage):
+        raise AttachError(
+            f"site: a head at {heads[0].name!r} cannot be trained behind blocks whose maps do "
+            "not tell its feature alone; train the blocks, and leave the head away"
+        )
+    return [before, *(PooledStage(task, place, before) for place in heads)], skipped
 
 
 def _through(task: Task, sites: Sequence[Site], show: Show, square: torch.Tensor) -> BlocksStage:
@@ -223,16 +223,14 @@ def _told(targets: Targets | None) -> list[str]:
 
 
 def _views(
-    host: Host,
-    degradation: BaseDegradation | Sequence[BaseDegradation],
-    asked: object,
+    host: Host, degradation: BaseDegradation | Sequence[BaseDegradation]
 ) -> list[BaseDegradation]:
     """Degradations of the host's kind and, where they have a size, of one size."""
     kind = host.degradation
     if not isinstance(degradation, BaseDegradation | Sequence):
         raise TypeError(f"degradation: got {degradation!r}, wanted a {kind.__name__} or several")
     several = [degradation] if isinstance(degradation, BaseDegradation) else list(degradation)
-    if not several or (asked is not None and not asked):
+    if not several:
         raise ValueError("degradation: got none, wanted at least one")
     if not all(isinstance(view, kind) for view in several):
         names = ", ".join(type(view).__name__ for view in several)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,16 @@ from featxfer import BaseDegradation, Degradation, Preprocessing
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts.batch import Batch, Sampler
 from featxfer_integrations.mechanism.attach import host_parameter
-from featxfer_integrations.mechanism.capture import find_lens, in_dtype, take_feature, watched
+from featxfer_integrations.mechanism.capture import (
+    in_dtype,
+    no_tensor,
+    passed,
+    plain,
+    take_feature,
+    watched,
+)
 from featxfer_integrations.mechanism.shown import Shown
-from featxfer_integrations.mechanism.site import AttachError, Site, module_site, no_site
+from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module_site, no_site
 
 INPUT_SIZE = 224
 """Side of an image where a model does not say its own, in pixels."""
@@ -161,10 +169,13 @@ class Host:
         """
         image = self.image(model) if image is None else image
         try:
-            with frozen(model):
-                if site.feature is None and not site.lens.path:
-                    site = replace(site, lens=find_lens(model, site, image))
-                shape = tuple(take_feature(model, site, image).shape)
+            with frozen(model), plain(model):
+                value = passed(model, site, image)
+            inside = Lens.found(value)
+            if inside is None:
+                raise no_tensor(site)
+            shape = tuple(inside.get(value).shape)
+            site = replace(site, lens=Lens((*site.lens.path, *inside.path)))
         except AttachError:
             raise
         except Exception as error:  # whatever a foreign model raises
@@ -232,6 +243,14 @@ def said_side(model: nn.Module) -> int | None:
     if sides is not None and sides[0] != sides[1]:
         raise AttachError(f"model: it takes images of {sides}, wanted square ones")
     return None if sides is None else sides[0]
+
+
+def classifiers_behind(host: Host, model: nn.Module, site: Site) -> tuple[str, ...]:
+    """The classifiers of a model that has a head's site, or none; what `Host.behind` may be."""
+    if site.side != "input":
+        with suppress(AttachError):
+            return host.head(model).modules
+    return site.modules if site.side == "input" else ()
 
 
 def runs_behind(host: Host, model: nn.Module, site: Site) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from featxfer import Backbone, Preprocessing
-from featxfer_integrations.hosts.base import Host, said_side
+from featxfer_integrations.hosts.base import Host, classifiers_behind, said_side
 from featxfer_integrations.hosts.weights import (
     BackboneError,
     load_by_name,
@@ -111,10 +110,7 @@ class Timm(Host):
 
     def behind(self, model: Any, site: Site) -> tuple[str, ...]:
         """The classifiers."""
-        if site.side != "input":
-            with suppress(AttachError):
-                return self.head(model).modules
-        return site.modules if site.side == "input" else ()
+        return classifiers_behind(self, model, site)
 
     def model_names(self) -> Iterable[str]:
         """All of timm's model names, without weights' tags."""

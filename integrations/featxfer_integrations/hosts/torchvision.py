@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from featxfer import Backbone, Preprocessing
 from featxfer.features.backbone import frozen
-from featxfer_integrations.hosts.base import INPUT_SIZE, Host, black_image, said_side
+from featxfer_integrations.hosts.base import (
+    INPUT_SIZE,
+    Host,
+    black_image,
+    classifiers_behind,
+    said_side,
+)
 from featxfer_integrations.hosts.weights import BackboneError, load_by_name, read_state_dict
 from featxfer_integrations.mechanism.capture import watched
 from featxfer_integrations.mechanism.site import CHILD, PLANES, AttachError, Site
@@ -110,10 +116,7 @@ class Torchvision(Host):
 
     def behind(self, model: Any, site: Site) -> tuple[str, ...]:
         """The classifier."""
-        if site.side != "input":
-            with suppress(AttachError):
-                return self.head(model).modules
-        return site.modules if site.side == "input" else ()
+        return classifiers_behind(self, model, site)
 
     def model_names(self) -> Iterable[str]:
         """Names of torchvision's image classification models."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from featxfer_integrations.mechanism.attach import host_parameter, is_attached, transfer_disabled
-from featxfer_integrations.mechanism.site import AttachError, Lens, Site
+from featxfer_integrations.mechanism.site import AttachError, Site
 
 
 @contextmanager
@@ -74,12 +74,17 @@ def run_host(host: nn.Module, site: Site, images: Any) -> object:
     return host(images) if site.run is None else site.run(host, images)
 
 
+@contextmanager
+def plain(host: nn.Module) -> Iterator[None]:
+    """Inside, what is attached to the host, if anything is, is left out."""
+    with transfer_disabled(host) if is_attached(host) else nullcontext():
+        yield
+
+
 def take_feature(host: nn.Module, site: Site, images: Any) -> Tensor:
     """The plain feature at a site, as it passes there; what is attached is left out."""
-    if is_attached(host):
-        with transfer_disabled(host):
-            return take_enabled_feature(host, site, images)
-    return take_enabled_feature(host, site, images)
+    with plain(host):
+        return take_enabled_feature(host, site, images)
 
 
 def take_enabled_feature(host: nn.Module, site: Site, images: Any) -> Tensor:
@@ -87,13 +92,21 @@ def take_enabled_feature(host: nn.Module, site: Site, images: Any) -> Tensor:
 
     Raises `AttachError` where no tensor passes, or a module that is to run once runs again.
     """
+    found = passed(host, site, images)
+    if not isinstance(found, Tensor):
+        raise no_tensor(site)
+    return found
+
+
+def passed(host: nn.Module, site: Site, images: Any) -> Any:
+    """What the lens of a site gives of what passes first; errors as `take_enabled_feature`."""
     if site.feature is not None:
         return site.feature(host, images)
     with captured(host, [site]) as taken:
         run_host(host, site, images)
     found = taken[site.name]
-    if not found or not isinstance(found[0], Tensor):
-        raise AttachError(f"site: no tensor passes {site.where} when the model runs")
+    if not found:
+        raise no_tensor(site)
     if len(found) > 1 and not site.repeats:
         raise AttachError(
             f"site: {site.where} runs {len(found)} times for an image, wanted a module that runs "
@@ -102,21 +115,9 @@ def take_enabled_feature(host: nn.Module, site: Site, images: Any) -> Tensor:
     return found[0]
 
 
-def find_lens(host: nn.Module, site: Site, images: Any) -> Lens:
-    """The lens to the tensor that passes a site, from one run; errors as `take_feature`."""
-    values: list[Any] = []
-    name = site.modules[0]
-    tell = {"before" if site.side == "input" else "after": lambda _, value: values.append(value)}
-    with watched(host, [name], **tell):
-        run_host(host, site, images)
-    lens = (
-        Lens.found(values[0][0] if site.side == "input" and values[0] else values[0])
-        if (values)
-        else None
-    )
-    if lens is None:
-        raise AttachError(f"site: no tensor passes {site.where} when the model runs")
-    return lens
+def no_tensor(site: Site) -> AttachError:
+    """The error of a site that no tensor passes."""
+    return AttachError(f"site: no tensor passes {site.where} when the model runs")
 
 
 def in_dtype(model: nn.Module, images: Tensor) -> Tensor:

@@ -132,7 +132,8 @@ class ShownDistance:
 
     def __call__(self, outputs: Shown, targets: Shown) -> tuple[Tensor, Tensor]:
         """The loss, a scalar with gradient, and for how many images vectors are right."""
-        terms, right = [], torch.zeros(())
+        terms: list[Tensor] = []
+        right: Tensor | None = None
         if self.variances:
             parts = [
                 (outputs.maps[name] - targets.maps[name]).square().mean() / variance
@@ -145,7 +146,8 @@ class ShownDistance:
                 terms.append(self.weight * loss)
                 shown = next(iter(targets.maps.values()), targets.vectors[name])
                 right = hits / len(targets.vectors[name]) * len(shown)
-        return torch.stack(terms).sum(), right.round()
+        loss = torch.stack(terms).sum()
+        return loss, torch.zeros_like(loss) if right is None else right.round()
 
     def check(self, outputs: Any, targets: Any, rows: int) -> None:
         """Nothing: both are made by the same module."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from featxfer import Clustering, FeatureTransferBlock, Recipe, kmeans
+from featxfer.checks import variance_of
 from featxfer.evaluation.pairs import HeldOutPairs, report_pairs
 from featxfer.features.backbone import frozen
 from featxfer.modules.base import TransferModule
@@ -159,10 +160,9 @@ class BlocksStage(Stage):
         return [configs, self.network.precision, HR_SHARE]
 
     def objective_of(self, rows: Tensor, k: int) -> tuple[Objective, Clustering]:
-        """The objective by name of HR vectors `(n, d)`, and its clusters."""
-        directions, seed = F.normalize(rows, dim=1), self.task.seed
-        variance = float((rows - rows.mean(0)).square().sum(1).mean())
-        clustering = kmeans(directions, k, seed=seed)
+        """The objective by name of HR vectors `(n, d)` that vary, and its clusters."""
+        variance = variance_of("hr", rows)
+        clustering = kmeans(F.normalize(rows, dim=1), k, seed=self.task.seed)
         return make_objective(self.task.objective, clustering.centroids, variance), clustering
 
     def distance(
@@ -186,7 +186,8 @@ class BlocksStage(Stage):
         parts: list[list[Tensor]] = [[] for _ in range(4)]
         for image in self.test.tolist():
             for start, kind in ((0, view), (2, pairs.views)):
-                batch, wanted = pairs.one(image, kind)
+                given, wanted = pairs.one(image, kind)
+                batch = given.to(host_device(self.network.host))
                 if getattr(batch, "boxes", None) and not wanted.vectors:
                     continue
                 with transfer_disabled(self.network.host):

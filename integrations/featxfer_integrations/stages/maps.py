@@ -19,7 +19,6 @@ from featxfer import (
     diagnose,
     fill_stores,
 )
-from featxfer.checks import variance_of
 from featxfer.console import tell
 from featxfer.evaluation.pairs import report_pairs
 from featxfer.features.extract import check_readable
@@ -54,14 +53,12 @@ class Maps:
         hr: of the images as they are, of mirrored ones, and of crops.
         lr: the same, a degradation each.
         skipped: image name -> why it could not be read, in one of them or in all.
-        keys: of their stores, which stand for all that the maps depend on.
     """
 
     shape: tuple[int, ...]
     hr: tuple[MappedRows, ...]
     lr: Sequence[tuple[MappedRows, ...]]
     skipped: Mapping[str, str]
-    keys: tuple[str, ...]
 
     def take(self, rows: MappedRows, indices: Tensor) -> Tensor:
         """Maps `(len(indices), *shape)` of one view, float32."""
@@ -90,7 +87,7 @@ def extract_maps(
     An image that could not be read in one view, if only that once, is left out of all.
 
     Args:
-        backbone: up to the site (`MapAt`).
+        backbone: up to the site (`backbone_at`), flat.
         images: see `featxfer.open_images`.
         degradations: of one hr_size.
         cache: folder of the maps.
@@ -114,8 +111,7 @@ def extract_maps(
     check_readable("images", skipped, len(images), on_error)
     hr, *lr = (tuple(rows.without(skipped) for rows in view) for view in opened)
     align([rows for view in (hr, *lr) for rows in view])
-    keys = tuple(store.manifest.key for stores in views for store in stores)
-    return Maps(shape, hr, lr, skipped, keys)
+    return Maps(shape, hr, lr, skipped)
 
 
 @torch.no_grad()
@@ -264,7 +260,6 @@ class MapsStage(BlocksStage):
         objectives, self.clusterings = {}, {}
         for name, every in self.hr[0].items():
             rows = every[self.train]
-            variance_of("hr", rows)
             k = self.task.options.k(len(rows))
             objectives[name], self.clusterings[name] = self.objective_of(rows, k)
         some = self.maps.take(self.maps.hr[0], self._some())

@@ -156,7 +156,7 @@ class PyramidStage(BlocksStage):
         objectives = {}
         for name, parts in vectors.items():
             rows = torch.cat(parts)
-            if len(rows) >= 2 and float(rows.var(0).sum()) > 0:
+            if bool((rows != rows[:1]).any()):
                 k = max(1, min(self.task.options.clusters or 100, len(rows) // 10))
                 objectives[name], _ = self.objective_of(rows, k)
         if self.task.host.proposes(model) and not objectives:

@@ -25,6 +25,13 @@ cache_option = click.option(
 )
 
 
+def split_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Splits of the devkit that are trained on, and tested."""
+    test = click.option("--test-split", default="test", help="Of the devkit, to test on.")
+    train = click.option("--train-split", default="trainval", help="Of the devkit, to train on.")
+    return train(test(command))
+
+
 @contextmanager
 def told_errors() -> Iterator[None]:
     """What a user can mend is told in a line; Ctrl-C says that nothing finished is lost."""

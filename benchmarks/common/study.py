@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.common.fit import Fit
 from benchmarks.common.memo import Memo, hash_key
-from benchmarks.common.shell import cache_option, root_option, told_errors
+from benchmarks.common.shell import cache_option, root_option, split_options, told_errors
 from featxfer import (
     PROTOCOLS,
     Degradation,
@@ -33,13 +33,19 @@ from featxfer.evaluation.svm import LinearSVMs, average_precisions
 from featxfer.evaluation.voc import Labels
 from featxfer_integrations import FitOptions, backbone_of, load_model
 
-SPLITS = ("trainval", "test")
+PARTS = ("train", "test")
+"""What splits of a devkit are for."""
+
 FEW = (1, 5, 10)
 FEW_PROTOCOL = Protocol("few labels", (1.0,))
 """Too few labels to choose C by: C = 1, rows of unit length."""
 
 REVISION = 1
 """Of what a figure depends on in this folder; another one computes all figures anew."""
+
+
+Figures = dict[str, Any]
+"""Of a row of a table, by name."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,18 @@ class Study:
     Args:
         name: of the backbone, as `load_model` takes it.
         weights: as `load_model` takes them.
-        devkit: its trainval images train heads, without labels, and SVMs, with labels.
+        devkit: of images and labels.
         cache: where finished work is kept.
         resize: how HR views are made; LR views too, but for their size.
         protocol: of the SVMs.
         ap: how average precision is taken, a name of `AVERAGE_PRECISIONS`.
         solver: of the SVMs.
+        splits: of the devkit. Images of the first train heads and blocks, without labels, and SVMs,
+            with labels; the second tests.
+
+    Raises:
+        DevkitError: no such split, or one without a positive image of a class.
+        ValueError: an image that is in both.
     """
 
     name: str
@@ -77,6 +89,16 @@ class Study:
     protocol: Protocol = PROTOCOLS["vissl"]
     ap: str = "11point"
     solver: str = "batched"
+    splits: tuple[str, str] = ("trainval", "test")
+
+    def __post_init__(self) -> None:
+        train, test = self.splits
+        both = set(self.devkit.ids(train)) & set(self.devkit.ids(test))
+        if both:
+            raise ValueError(
+                f"test_split: {len(both)} images of {test!r} are in {train!r} too, {min(both)} for "
+                "one; wanted none"
+            )
 
     @cached_property
     def model(self) -> nn.Module:
@@ -95,8 +117,8 @@ class Study:
             "backbone": [self.name, backbone_of(self.model).weights_sha256],
             "hr": self.view(self.resize.hr_size).to_dict(),
             "ap": self.ap,
-            "images": [self.devkit.images(split).fingerprint for split in SPLITS],
-            "labels": [hash_key({"y": self.labels(split).tolist()}) for split in SPLITS],
+            "images": [self.images(part).fingerprint for part in PARTS],
+            "labels": [hash_key({"y": self.labels(part).tolist()}) for part in PARTS],
             "protocol": dataclasses.asdict(self.protocol),
             "threads": "any",
             "revision": REVISION,
@@ -120,23 +142,32 @@ class Study:
         images: Images | None = None,
         options: FitOptions | None = None,
     ) -> Fit:
-        """A fit of `model`, by default a copy of the plain one, on all trainval images."""
+        """A fit of `model`, by default a copy of the plain one, on all images to train on."""
         arguments = {"degradation": views, "site": site, "options": options, "seed": seed}
-        model, images = model or self.copy(), images or self.images("trainval")
+        model, images = model or self.copy(), images or self.images("train")
         return Fit(model, images, self.cache, arguments)
 
-    def images(self, split: str) -> Images:
-        """Images of a split."""
-        return self.devkit.images(split)
+    def split(self, part: str) -> str:
+        """The devkit's name of a part, "train" or "test"."""
+        return dict(zip(PARTS, self.splits, strict=True))[part]
 
-    def labels(self, split: str) -> Labels:
-        """Labels of a split, `(n, classes)` in {1, 0, -1}."""
-        return self.devkit.labels(split)
+    def images(self, part: str) -> Images:
+        """Images of a part."""
+        return self.devkit.images(self.split(part))
 
-    def features(self, split: str, view: Degradation) -> Features:
+    def labels(self, part: str) -> Labels:
+        """Labels of a part, `(n, classes)` in {1, 0, -1}."""
+        return self.devkit.labels(self.split(part))
+
+    def features(self, part: str, view: Degradation) -> Features:
         """Plain features after pool5, from the cache as far as it has them."""
         backbone = backbone_of(self.model)
-        return extract_features(backbone, self.images(split), view, self.cache / "features")
+        return extract_features(backbone, self.images(part), view, self.cache / "features")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images by split."""
+        return {split: len(self.devkit.ids(split)) for split in self.splits}
 
     def figures(self, key: Mapping[str, Any], compute: Any) -> dict[str, Any]:
         """Kept figures, or those that `compute()` gives."""
@@ -145,13 +176,13 @@ class Study:
     @cached_property
     def hr(self) -> tuple[Tensor, Tensor]:
         """Plain HR features of both splits."""
-        train, test = (self.features(split, self.resize).hr for split in SPLITS)
+        train, test = (self.features(split, self.resize).hr for split in PARTS)
         return train, test
 
     @cached_property
     def deployed(self) -> LinearSVMs:
         """SVMs on plain HR features, which are never changed."""
-        return self.svms(self.hr[0], self.labels("trainval"), self.protocol)
+        return self.svms(self.hr[0], self.labels("train"), self.protocol)
 
     @cached_property
     def few(self) -> dict[int, list[LinearSVMs]]:
@@ -163,7 +194,7 @@ class Study:
 
     def draw(self, rows: Tensor, count: int, seed: int) -> tuple[Tensor, Labels]:
         """`count` rows of each class, and their labels."""
-        labels, rng = self.labels("trainval"), np.random.default_rng(seed)
+        labels, rng = self.labels("train"), np.random.default_rng(seed)
         chosen = np.unique(
             np.concatenate(
                 [
@@ -178,7 +209,7 @@ class Study:
         """SVMs on rows."""
         return train_svms(rows, labels, protocol, solver=self.solver)
 
-    def judge(self, rows: Transferred) -> dict[str, float]:
+    def judge(self, rows: Transferred) -> Figures:
         """Percentages.
 
         deploy, accuracy: SVMs on HR features, tested on `rows.test`; few-m: the same SVMs trained
@@ -186,7 +217,7 @@ class Study:
         HR features tested on `rows.test_hr`.
         """
         truth = self.labels("test")
-        found: dict[str, float] = {}
+        found: Figures = {}
         if rows.test.shape[1] == self.hr[0].shape[1]:
             found |= self.scores("deploy", "accuracy", self.deployed.decisions(rows.test), truth)
             for m, several in self.few.items():
@@ -195,7 +226,7 @@ class Study:
         if rows.test_hr is not None:
             found |= self.scores("hr", "hr_accuracy", self.deployed.decisions(rows.test_hr), truth)
         if rows.train is not None:
-            svms = self.svms(rows.train, self.labels("trainval"), self.protocol)
+            svms = self.svms(rows.train, self.labels("train"), self.protocol)
             found |= self.scores("retrain", "retrain_accuracy", svms.decisions(rows.test), truth)
         return found
 
@@ -217,6 +248,7 @@ def with_study(run: Callable[..., None]) -> Callable[..., None]:
     @click.option("--weights", default="demo", help="pretrained, demo or a file.")
     @click.option("--hr-size", default=224, help="Side of the model's input, pixels.")
     @click.option("--protocol", default="vissl", type=click.Choice(list(PROTOCOLS)))
+    @split_options
     @cache_option
     @functools.wraps(run)
     def command(
@@ -225,12 +257,21 @@ def with_study(run: Callable[..., None]) -> Callable[..., None]:
         weights: str,
         hr_size: int,
         protocol: str,
+        train_split: str,
+        test_split: str,
         cache: Path,
         **given: Any,
     ) -> None:
         with told_errors():
-            resize = Degradation(hr_size=hr_size)
-            study = Study(backbone, weights, VOCDevkit(root), cache, resize, PROTOCOLS[protocol])
+            study = Study(
+                backbone,
+                weights,
+                VOCDevkit(root),
+                cache,
+                Degradation(hr_size=hr_size),
+                PROTOCOLS[protocol],
+                splits=(train_split, test_split),
+            )
             run(study, **given)
 
     return command

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from benchmarks.common.fit import Fit
-from benchmarks.common.memo import hash_key
 from benchmarks.common.method import Method
 from benchmarks.common.ridge import warm_start_head
-from benchmarks.common.versions import versions
 from benchmarks.gap.controls import train_head
 from featxfer import BaseDegradation, Clustering, FeatureTransferHead, Images, assign, kmeans
 from featxfer.checks import variance_of
@@ -27,8 +24,6 @@ from featxfer_integrations import (
     FitOptions,
     attach_transfer,
     host_of,
-    load_transfers,
-    save_transfers,
     transfers_of,
 )
 from featxfer_integrations.hosts.find import find_sites
@@ -87,17 +82,9 @@ def fitted(label: str, site: str | list[str] | None, **given: Any) -> DetectionM
 
 
 def blocks_alone(setting: Setting) -> nn.Module:
-    """Blocks in the backbone; the cache keeps them, for what comes after them."""
+    """Blocks in the backbone, for what comes after them."""
     fit = setting.fit("backbone")
-    key = hash_key({"fit": fit.key, "versions": versions()})
-    folder = setting.cache / "detection" / "transfers" / key
-    if folder.is_dir():
-        return load_transfers(fit.model, folder)
     fit.run()
-    unfinished = folder.with_suffix(".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_transfers(fit.model, unfinished)
-    unfinished.rename(folder)
     return fit.model
 
 

@@ -116,7 +116,7 @@ def of_pairs(
 
     Clusters are no more than a third of the images; by default 100, or a tenth of the images.
     """
-    features = study.features("trainval", view)
+    features = study.features("train", view)
     count = len(features.hr)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     kept = count - max(1, round(HELD_OUT * count))

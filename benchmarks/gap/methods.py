@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common.fit import Fit, head_of
+from benchmarks.common.fit import Fit, Found, head_of, seconds, self_check
 from benchmarks.common.method import Method
 from benchmarks.common.ridge import ridge
-from benchmarks.common.study import Study, Transferred, subset
+from benchmarks.common.study import Figures, Study, Transferred, subset
 from benchmarks.gap.controls import Control, of_pairs, without_pairs
 from benchmarks.gap.features import through_blocks
 from benchmarks.gap.unpaired import UNPAIRED
@@ -23,20 +23,17 @@ from featxfer import (
     FeatureTransferHead,
     Images,
 )
-from featxfer_integrations import FitOptions, TransferFit, attach_transfer, host_of, transfers_of
+from featxfer_integrations import FitOptions, attach_transfer, host_of, transfers_of
 from featxfer_integrations.mechanism.attach import attached_sites
 
-Found = dict[str, Any]
-GapMethod = Method[[Study, Degradation, int], list[Found]]
+GapMethod = Method[[Study, Degradation, int], list[Figures]]
 """From a study, the LR view and a seed to the figures of each row."""
 
 
-def plain(study: Study, view: Degradation, seed: int) -> list[Found]:
+def plain(study: Study, view: Degradation, seed: int) -> list[Figures]:
     """HR, LR, and the average of LR features over the image and its mirror image."""
-    train, test = (study.features(split, view) for split in ("trainval", "test"))
-    rows, tested = (
-        through_blocks(study, study.model, split, view) for split in ("trainval", "test")
-    )
+    train, test = (study.features(split, view) for split in ("train", "test"))
+    rows, tested = (through_blocks(study, study.model, split, view) for split in ("train", "test"))
     return [
         study.judge(Transferred(train.hr, test.hr, test.hr)),
         study.judge(Transferred(train.lr, test.lr, test.hr)),
@@ -44,9 +41,9 @@ def plain(study: Study, view: Degradation, seed: int) -> list[Found]:
     ]
 
 
-def closed_form(study: Study, view: Degradation, seed: int) -> list[Found]:
+def closed_form(study: Study, view: Degradation, seed: int) -> list[Figures]:
     """Ridge regression of HR features on LR ones."""
-    train, test = (study.features(split, view) for split in ("trainval", "test"))
+    train, test = (study.features(split, view) for split in ("train", "test"))
     start = time.perf_counter()
     mapped, both = ridge((train.lr, torch.cat([test.lr, test.hr])), train.hr)
     lr, hr = both.split(len(test.lr))
@@ -56,13 +53,13 @@ def closed_form(study: Study, view: Degradation, seed: int) -> list[Found]:
 
 
 def judge_head(
-    study: Study, head: FeatureTransferHead, view: Degradation, fit: TransferFit | Control
-) -> list[Found]:
+    study: Study, head: FeatureTransferHead, view: Degradation, found: Found
+) -> list[Figures]:
     """Figures of a head on plain features."""
-    train, test = (study.features(split, view) for split in ("trainval", "test"))
+    train, test = (study.features(split, view) for split in ("train", "test"))
     hr = head.transfer(test.hr) if head.output == "features" else None
     judged = study.judge(Transferred(head.transfer(train.lr), head.transfer(test.lr), hr))
-    return [{**judged, **costs([head], fit.log), **report(fit)}]
+    return [{**judged, **costs([head], found.seconds), "self_check": found.self_check}]
 
 
 def fitted(
@@ -70,7 +67,7 @@ def fitted(
 ) -> GapMethod:
     """A head, or blocks and a head, that `fit_transfer` trains."""
 
-    def run(study: Study, view: Degradation, seed: int) -> list[Found]:
+    def run(study: Study, view: Degradation, seed: int) -> list[Figures]:
         asked = fit(study, view, seed)
         found = asked.run()
         if more_labels:
@@ -88,14 +85,14 @@ def head(label: str, **options: Any) -> GapMethod:
 
 def paper(study: Study, view: Degradation, seed: int) -> Fit:
     """The paper's head."""
-    k = min(100, len(study.images("trainval")) // 3)
+    k = min(100, len(study.images("train")) // 3)
     attached = FeatureTransferHead(study.hr[0].shape[1], k, output="clusters")
     return study.fit([view], seed, model=attach_transfer(study.copy(), attached))
 
 
 def halves(study: Study, seed: int) -> tuple[Images, Images]:
     """The trainval images in two halves."""
-    images = study.images("trainval")
+    images = study.images("train")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     cut = len(order) // 2
     return subset(images, sorted(order[:cut])), subset(images, sorted(order[cut:]))
@@ -104,18 +101,19 @@ def halves(study: Study, seed: int) -> tuple[Images, Images]:
 def control(label: str, train: Callable[[Study, Degradation, int], Control]) -> GapMethod:
     """A head that is trained without `fit_transfer`."""
 
-    def run(study: Study, view: Degradation, seed: int) -> list[Found]:
+    def run(study: Study, view: Degradation, seed: int) -> list[Figures]:
         trained = train(study, view, seed)
-        return judge_head(study, trained.head, view, trained)
+        found = Found(seconds(trained.log), 0.0, self_check(trained.held_out))
+        return judge_head(study, trained.head, view, found)
 
     return Method((label,), run, choices=lambda *_: FEATURES_RECIPE.to_dict())
 
 
-def judge_model(study: Study, model: nn.Module, view: Degradation, fit: TransferFit) -> list[Found]:
+def judge_model(study: Study, model: nn.Module, view: Degradation, fit: Found) -> list[Figures]:
     """Figures of blocks, of all that is attached, and of its averages over flips and shifts."""
     head = head_of(model)
     blocks = [module for module in transfers_of(model).values() if module is not head]
-    train = through_blocks(study, model, "trainval", view)
+    train = through_blocks(study, model, "train", view)
     test = through_blocks(study, model, "test", view, shifts=True)
     six = [head.transfer(rows) for rows in (test.lr, test.lr_flipped, *test.lr_shifted)]
     found = []
@@ -130,15 +128,15 @@ def judge_model(study: Study, model: nn.Module, view: Degradation, fit: Transfer
         Transferred(None, torch.stack(six).mean(0)),
     ):
         found.append(study.judge(rows))
-    macs, logs = block_macs(model), (*fit.blocks_log, *fit.log)
-    found[0] |= macs | costs(blocks, fit.blocks_log)
+    macs, both = block_macs(model), fit.blocks_seconds + fit.seconds
+    found[0] |= macs | costs(blocks, fit.blocks_seconds)
     for row in found[1:]:
-        row |= macs | costs([*blocks, head], logs)
-    found[1] |= report(fit)  # the others are not what was held out for
+        row |= macs | costs([*blocks, head], both)
+    found[1] |= {"self_check": fit.self_check}  # the others are not what was held out for
     return found
 
 
-def block_macs(model: nn.Module) -> Found:
+def block_macs(model: nn.Module) -> Figures:
     """Millions of multiply-accumulates of the attached blocks, for one image."""
     transfers, host, total = transfers_of(model), host_of(model), 0
     for site in attached_sites(model):
@@ -148,35 +146,10 @@ def block_macs(model: nn.Module) -> Found:
     return {"block_macs": total / 1e6}
 
 
-def costs(modules: Sequence[Any], log: Sequence[Any]) -> Found:
+def costs(modules: Sequence[Any], seconds: float) -> Figures:
     """Seconds of training, and parameters."""
-    return {
-        "seconds": sum(entry.seconds for entry in log),
-        "parameters": sum(p.numel() for m in modules for p in m.parameters()),
-    }
-
-
-def report(fit: TransferFit | Control) -> Found:
-    """What the fit itself says of all that it trained, without labels."""
-    return {
-        "self_check": [
-            {
-                "cosine_gap": part.cosine_gap_recovered,
-                "cosine": part.after.cosine,
-                "retrieval": part.after.retrieval,
-                "clusters": part.after.clusters,
-                "retrieval_gap": _share(part.before.retrieval, part.after.retrieval),
-                "clusters_gap": _share(part.before.clusters, part.after.clusters),
-                "hr_cosine": part.hr_cosine,
-            }
-            for part in fit.held_out
-        ],
-    }
-
-
-def _share(before: float, after: float) -> float:
-    """Of what is missing to 1, how much is gained."""
-    return (after - before) / (1 - before) if before < 1 else 0.0
+    parameters = sum(p.numel() for module in modules for p in module.parameters())
+    return {"seconds": seconds, "parameters": parameters}
 
 
 METHODS: Mapping[str, GapMethod] = {

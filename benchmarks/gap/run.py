@@ -45,7 +45,7 @@ def run(study: Study, methods: Iterable[str], view: Degradation, seeds: int) -> 
             "methods": list(methods),
             "recipes": {"head": FEATURES_RECIPE.to_dict(), "blocks": BLOCK_RECIPE.to_dict()},
         },
-        "images": {split: len(study.images(split)) for split in ("trainval", "test")},
+        "images": study.counts,
         "versions": versions(),
         "table": table,
         "self_check": self_check(rows),

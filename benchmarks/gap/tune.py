@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.common.fit import Fit, head_of
+from benchmarks.common.fit import Fit, Found, head_of
 from benchmarks.common.intervals import summarise_runs
 from benchmarks.common.markdown import grid
 from benchmarks.common.method import Method
@@ -28,10 +28,10 @@ from benchmarks.common.results import write_results
 from benchmarks.common.study import Study, with_study
 from benchmarks.common.versions import versions
 from benchmarks.gap.features import through_blocks
-from benchmarks.gap.methods import block_macs, costs, report
+from benchmarks.gap.methods import block_macs, costs
 from benchmarks.gap.tables import recovered
 from featxfer import BLOCK_RECIPE, FEATURES_RECIPE, FeatureTransferBlock
-from featxfer_integrations import FitOptions, TransferFit, attach_transfer, host_of, transfers_of
+from featxfer_integrations import FitOptions, attach_transfer, host_of, transfers_of
 from featxfer_integrations.hosts.find import find_sites
 
 HELD_OUT = 0.25
@@ -158,9 +158,9 @@ class Bench:
             asked = fit(seed)
             found = asked.run()
             head = head_of(asked.model)
-            rows = self.study.features("trainval", self.study.view(self.lr_size))
+            rows = self.study.features("train", self.study.view(self.lr_size))
             judged = self._judge(head.transfer(rows.lr), seed)
-            return {**judged, **costs([head], found.log), **held_out(found)}
+            return {**judged, **costs([head], found.seconds), **held_out(found)}
 
         return Method((label,), run, choices=lambda seed: {"fit": fit(seed).key})
 
@@ -177,15 +177,15 @@ class Bench:
             return self._fit(seed, sites, model=model, options=options)
 
         def run(seed: int) -> dict[str, Any]:
-            epochs = max(2, round(seconds / fit(seed, 1).run().blocks_log[0].seconds))
+            epochs = max(2, round(seconds / fit(seed, 1).run().blocks_seconds))
             asked = fit(seed, epochs)
             found, blocks = asked.run(), list(transfers_of(asked.model).values())
             view = self.study.view(self.lr_size)
-            rows = through_blocks(self.study, asked.model, "trainval", view)
+            rows = through_blocks(self.study, asked.model, "train", view)
             return {
                 **self._judge(rows.lr, seed),
                 **block_macs(asked.model),
-                **costs(blocks, found.blocks_log),
+                **costs(blocks, found.blocks_seconds),
                 **held_out(found),
                 "epochs": epochs,
             }
@@ -206,10 +206,10 @@ class Bench:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         kept = count - round(count * HELD_OUT)
         train, test = order[:kept].sort().values, order[kept:].sort().values
-        labels = self.study.labels("trainval")
+        labels = self.study.labels("train")
         parts = [labels[indices.numpy()] == 1 for indices in (train, test)]
         labels = labels[:, parts[0].any(0) & parts[1].any(0)]
-        plain = self.study.features("trainval", self.study.view(self.lr_size))
+        plain = self.study.features("train", self.study.view(self.lr_size))
         svms = self.study.svms(plain.hr[train], labels[train.numpy()], self.study.protocol)
         hr, low, found = (
             self.study.scores(
@@ -224,9 +224,9 @@ def _options(**given: Any) -> FitOptions:
     return FitOptions(held_out=HELD_OUT, **given)
 
 
-def held_out(fit: TransferFit) -> dict[str, Any]:
+def held_out(found: Found) -> dict[str, Any]:
     """The self-check of the one degradation, if images were held out."""
-    checks = report(fit)["self_check"] or [{}]
+    checks = found.self_check or [{}]
     return {f"held-out {name}": value for name, value in checks[0].items()}
 
 

@@ -104,14 +104,14 @@ def run(
             "seeds": seeds,
             "protocol": study.protocol.name,
         },
-        "images": {split: len(study.images(split)) for split in ("trainval", "test")},
+        "images": study.counts,
         "versions": versions(),
         "tables": {name: with_gaps(table) for name, table in rows.items()},
     }
 
 
 def _plain(study: Study, view: Degradation) -> list[dict[str, float]]:
-    train, test = (study.features(split, view) for split in ("trainval", "test"))
+    train, test = (study.features(split, view) for split in ("train", "test"))
     _, mapped = ridge((train.lr, test.lr), train.hr)
     return [
         study.judge(Transferred(None, test.hr, test.hr)),

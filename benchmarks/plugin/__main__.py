@@ -30,7 +30,7 @@ from benchmarks.common.intervals import summarise_runs
 from benchmarks.common.memo import Memo, hash_key
 from benchmarks.common.results import write_results
 from benchmarks.common.ridge import ridge
-from benchmarks.common.study import SPLITS, Study, with_study
+from benchmarks.common.study import PARTS, Study, with_study
 from benchmarks.common.versions import versions
 from benchmarks.plugin.tables import summary
 from featxfer import FeatureTransferHead, train_svms
@@ -83,7 +83,7 @@ class PlugIn:
         model = {"backbone": study.name, "weights": study.weights}
         return {
             "config": {**asked, **model, "protocol": study.protocol.name},
-            "images": {split: len(study.devkit.ids(split)) for split in SPLITS},
+            "images": study.counts,
             "versions": versions(),
             "tables": {
                 str(size): self.table(size, {n: h for n, h in heads.items() if size in fits[n]})
@@ -98,7 +98,7 @@ class PlugIn:
 
     def table(self, size: int, heads: dict[str, list[FeatureTransferHead]]) -> dict[str, Any]:
         """Rows by name; of each the figures of its runs, a run a seed."""
-        train, test = (self.study.features(split, self.study.view(size)) for split in SPLITS)
+        train, test = (self.study.features(split, self.study.view(size)) for split in PARTS)
         train_mapped, both = ridge((train.lr, torch.cat([test.lr, test.hr])), train.hr)
         lr_mapped, hr_mapped = both.split(len(test.lr))
         rows: dict[str, list[tuple[Tensor | None, Tensor]]] = {
@@ -161,16 +161,12 @@ class PlugIn:
         """The head that `fit_transfer` leaves in a model; kept by all that it hangs on."""
         model = attach_transfer(self.study.copy(), hidden_features=self.hidden)
         views = [self.study.view(size) for size in sizes]
-        fit = self.study.fit(views, seed, model=model)
-        folder = self.study.cache / "plugin" / hash_key({"fit": fit.key, "versions": versions()})
-        if not (folder / "card.json").is_file():
-            fit.run()
-            head_of(model).save_pretrained(folder)
-        return FeatureTransferHead.from_pretrained(folder)
+        self.study.fit(views, seed, model=model).run()
+        return head_of(model)
 
     def svms(self, rows: Tensor) -> LinearSVMs:
         """SVMs on trainval rows; kept by what they are trained on."""
-        labels, protocol = self.study.labels("trainval"), self.study.protocol
+        labels, protocol = self.study.labels("train"), self.study.protocol
 
         def train() -> dict[str, Any]:
             progress = tqdm(

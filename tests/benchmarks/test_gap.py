@@ -124,7 +124,7 @@ def test_gaps_are_between_lr_and_hr() -> None:
 
 
 def test_halves_and_small_photographs(study: Study) -> None:
-    images = study.images("trainval")
+    images = study.images("train")
     part = subset(images, [4, 2])
     assert part.ids == (images.ids[4], images.ids[2])
     assert torch.equal(part.read(1), images.read(2))
@@ -157,15 +157,15 @@ def test_tuning_sees_no_test_image(
     shape = {"units": 1, "kernel_size": 3, "hidden_channels": 8}
     monkeypatch.setattr(tune, "SHAPES", {"one": (("layer2",), shape)})
 
-    def trainval_alone(self: Study, split: str) -> Any:
-        assert split == "trainval"
-        return labels(self, split)
+    def train_alone(self: Study, part: str) -> Any:
+        assert part == "train"
+        return labels(self, part)
 
     given = arguments(study, tmp_path, "--part", part, "--lr-size", 16, "--seconds", 0.01)
     given += ["--protocol", "plain"]
     with monkeypatch.context() as patch:
-        patch.setattr(Study, "identity", {"split": "trainval"})
-        patch.setattr(Study, "labels", trainval_alone)
+        patch.setattr(Study, "identity", {"part": "train"})
+        patch.setattr(Study, "labels", train_alone)
         told = CliRunner().invoke(tune.main, given)
     assert told.exit_code == 0, told.output
     table = json.loads((tmp_path / "results.json").read_text())["table"]
@@ -194,7 +194,7 @@ def test_the_readme_shows_what_the_results_hold(folder: Path) -> None:
 
 
 def test_moved_images_keep_their_size_and_repeat_their_edges(study: Study) -> None:
-    image = study.images("trainval").read(0)
+    image = study.images("train").read(0)
     view = study.view(16)
     plain, moved = view.lr(image), partial(features.MovedDegradation, 64, 16)
     wanted = torch.cat([plain[..., :1].expand(-1, -1, 8), plain[..., :-8]], dim=-1)

@@ -33,10 +33,10 @@ def gaps(values: list[float], lr: float, hr: float) -> dict[str, Any] | None:
 
 
 def plus_minus(summary: Mapping[str, Any] | None, digits: int = 1) -> str:
-    """`mean ± half width`, or the mean alone; nothing for None."""
+    """`mean ± half width`, or the mean alone, zero without a sign; nothing for None."""
     if summary is None:
         return ""
-    text = f"{summary['mean']:,.{digits}f}"
+    text = f"{round(summary['mean'], digits) + 0.0:,.{digits}f}"
     if summary["low"] is None or digits == 0:
         return text
     return f"{text} ± {(summary['high'] - summary['low']) / 2:.{digits}f}"

@@ -29,6 +29,7 @@ from featxfer import (
     extract_features,
     train_svms,
 )
+from featxfer.evaluation.metrics import AVERAGE_PRECISIONS
 from featxfer.evaluation.svm import LinearSVMs, average_precisions
 from featxfer.evaluation.voc import Labels
 from featxfer_integrations import FitOptions, backbone_of, load_model
@@ -40,7 +41,7 @@ FEW = (1, 5, 10)
 FEW_PROTOCOL = Protocol("few labels", (1.0,))
 """Too few labels to choose C by: C = 1, rows of unit length."""
 
-REVISION = 1
+REVISION = 2
 """Of what a figure depends on in this folder; another one computes all figures anew."""
 
 
@@ -52,12 +53,14 @@ Figures = dict[str, Any]
 class Transferred:
     """What a method makes of the LR images of both splits, and of HR test images.
 
-    `train` and `test_hr` are None where they mean nothing.
+    `train` and `test_hr` are None where they mean nothing. `in_place`: whether these are features
+    of the backbone still, which SVMs on HR features can be asked about.
     """
 
     train: Tensor | None
     test: Tensor
     test_hr: Tensor | None = None
+    in_place: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Study:
             "images": [self.images(part).fingerprint for part in PARTS],
             "labels": [hash_key({"y": self.labels(part).tolist()}) for part in PARTS],
             "protocol": dataclasses.asdict(self.protocol),
-            "threads": "any",
+            "solver": self.solver,
             "revision": REVISION,
         }
 
@@ -213,24 +216,35 @@ class Study:
         """Percentages.
 
         deploy, accuracy: SVMs on HR features, tested on `rows.test`; few-m: the same SVMs trained
-        on m labelled images a class; retrain, retrain_accuracy: SVMs on `rows.train`; hr: SVMs on
-        HR features tested on `rows.test_hr`.
+        on m labelled images a class; retrain, retrain_accuracy: SVMs on `rows.train`, with the AP
+        of each class by every definition; hr: SVMs on HR features tested on `rows.test_hr`.
         """
         truth = self.labels("test")
         found: Figures = {}
-        if rows.test.shape[1] == self.hr[0].shape[1]:
+        if rows.in_place:
             found |= self.scores("deploy", "accuracy", self.deployed.decisions(rows.test), truth)
             for m, several in self.few.items():
-                decisions = [svms.decisions(rows.test) for svms in several]
-                found[f"few-{m}"] = float(np.mean([self.precision(d, truth) for d in decisions]))
+                maps = [self.precision(svms.decisions(rows.test), truth) for svms in several]
+                found[f"few-{m}"] = float(np.mean(maps))
         if rows.test_hr is not None:
             found |= self.scores("hr", "hr_accuracy", self.deployed.decisions(rows.test_hr), truth)
         if rows.train is not None:
             svms = self.svms(rows.train, self.labels("train"), self.protocol)
-            found |= self.scores("retrain", "retrain_accuracy", svms.decisions(rows.test), truth)
+            decisions = svms.decisions(rows.test)
+            found |= self.scores("retrain", "retrain_accuracy", decisions, truth)
+            found["classes"] = {
+                kind: [100 * ap for ap in average_precisions(decisions, truth, kind)]
+                for kind in AVERAGE_PRECISIONS
+            }
+            found["svms"] = {
+                "costs": list(svms.costs),
+                "fits": svms.fits,
+                "unconverged": svms.unconverged,
+                "width": rows.train.shape[1],
+            }
         return found
 
-    def scores(self, name: str, accuracy: str, decisions: Any, truth: Labels) -> dict[str, float]:
+    def scores(self, name: str, accuracy: str, decisions: Any, truth: Labels) -> Figures:
         """mAP, and how often the largest decision value is of a class that is there, in %."""
         right = truth[np.arange(len(truth)), decisions.argmax(1)] == 1
         return {name: self.precision(decisions, truth), accuracy: 100 * float(right.mean())}

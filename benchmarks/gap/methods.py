@@ -12,7 +12,8 @@ from torch import nn
 from benchmarks.common.fit import Fit, Found, head_of, seconds, self_check
 from benchmarks.common.method import Method
 from benchmarks.common.ridge import ridge
-from benchmarks.common.study import Figures, Study, Transferred, subset
+from benchmarks.common.study import PARTS, Figures, Study, Transferred, subset
+from benchmarks.common.table import TableMethod
 from benchmarks.gap.controls import Control, of_pairs, without_pairs
 from benchmarks.gap.features import through_blocks
 from benchmarks.gap.unpaired import UNPAIRED
@@ -26,14 +27,11 @@ from featxfer import (
 from featxfer_integrations import FitOptions, attach_transfer, host_of, transfers_of
 from featxfer_integrations.mechanism.attach import attached_sites
 
-GapMethod = Method[[Study, Degradation, int], list[Figures]]
-"""From a study, the LR view and a seed to the figures of each row."""
-
 
 def plain(study: Study, view: Degradation, seed: int) -> list[Figures]:
     """HR, LR, and the average of LR features over the image and its mirror image."""
-    train, test = (study.features(split, view) for split in ("train", "test"))
-    rows, tested = (through_blocks(study, study.model, split, view) for split in ("train", "test"))
+    train, test = (study.features(part, view) for part in PARTS)
+    rows, tested = (through_blocks(study, study.model, part, view) for part in PARTS)
     return [
         study.judge(Transferred(train.hr, test.hr, test.hr)),
         study.judge(Transferred(train.lr, test.lr, test.hr)),
@@ -43,7 +41,7 @@ def plain(study: Study, view: Degradation, seed: int) -> list[Figures]:
 
 def closed_form(study: Study, view: Degradation, seed: int) -> list[Figures]:
     """Ridge regression of HR features on LR ones."""
-    train, test = (study.features(split, view) for split in ("train", "test"))
+    train, test = (study.features(part, view) for part in PARTS)
     start = time.perf_counter()
     mapped, both = ridge((train.lr, torch.cat([test.lr, test.hr])), train.hr)
     lr, hr = both.split(len(test.lr))
@@ -52,35 +50,38 @@ def closed_form(study: Study, view: Degradation, seed: int) -> list[Figures]:
     return [{**judged, "seconds": took, "parameters": width * (width + 1)}]
 
 
-def judge_head(
-    study: Study, head: FeatureTransferHead, view: Degradation, found: Found
-) -> list[Figures]:
-    """Figures of a head on plain features."""
-    train, test = (study.features(split, view) for split in ("train", "test"))
-    hr = head.transfer(test.hr) if head.output == "features" else None
-    judged = study.judge(Transferred(head.transfer(train.lr), head.transfer(test.lr), hr))
+def judge_head(study: Study, model: nn.Module, view: Degradation, found: Found) -> list[Figures]:
+    """Figures of the attached head on plain features."""
+    head = head_of(model)
+    train, test = (study.features(part, view) for part in PARTS)
+    in_place = head.output == "features"
+    hr = head.transfer(test.hr) if in_place else None
+    rows = Transferred(head.transfer(train.lr), head.transfer(test.lr), hr, in_place)
+    judged = study.judge(rows)
     return [{**judged, **costs([head], found.seconds), "self_check": found.self_check}]
 
 
 def fitted(
-    label: str, fit: Callable[[Study, Degradation, int], Fit], *more_labels: str
-) -> GapMethod:
-    """A head, or blocks and a head, that `fit_transfer` trains."""
+    labels: tuple[str, ...],
+    fit: Callable[[Study, Degradation, int], Fit],
+    judge: Callable[[Study, nn.Module, Degradation, Found], list[Figures]],
+) -> TableMethod:
+    """What `fit_transfer` trains."""
 
     def run(study: Study, view: Degradation, seed: int) -> list[Figures]:
         asked = fit(study, view, seed)
         found = asked.run()
-        if more_labels:
-            return judge_model(study, asked.model, view, found)
-        return judge_head(study, head_of(asked.model), view, found)
+        return judge(study, asked.model, view, found)
 
-    return Method((label, *more_labels), run, choices=lambda *given: fit(*given).key)
+    return Method(labels, run, choices=lambda *given: fit(*given).key)
 
 
-def head(label: str, **options: Any) -> GapMethod:
+def head(label: str, **options: Any) -> TableMethod:
     """A head after pool5 that `fit_transfer` trains with these options."""
     chosen = FitOptions(**options)
-    return fitted(label, lambda study, view, seed: study.fit([view], seed, options=chosen))
+    return fitted(
+        (label,), lambda study, view, seed: study.fit([view], seed, options=chosen), judge_head
+    )
 
 
 def paper(study: Study, view: Degradation, seed: int) -> Fit:
@@ -98,15 +99,23 @@ def halves(study: Study, seed: int) -> tuple[Images, Images]:
     return subset(images, sorted(order[:cut])), subset(images, sorted(order[cut:]))
 
 
-def control(label: str, train: Callable[[Study, Degradation, int], Control]) -> GapMethod:
+def control(label: str, train: Callable[[Study, Degradation, int], Control]) -> TableMethod:
     """A head that is trained without `fit_transfer`."""
 
     def run(study: Study, view: Degradation, seed: int) -> list[Figures]:
         trained = train(study, view, seed)
         found = Found(seconds(trained.log), 0.0, self_check(trained.held_out))
-        return judge_head(study, trained.head, view, found)
+        return judge_head(study, attach_transfer(study.copy(), trained.head), view, found)
 
     return Method((label,), run, choices=lambda *_: FEATURES_RECIPE.to_dict())
+
+
+def judge_blocks(study: Study, model: nn.Module, view: Degradation, fit: Found) -> list[Figures]:
+    """Figures of the attached blocks."""
+    train, test = (through_blocks(study, model, part, view) for part in PARTS)
+    judged = study.judge(Transferred(train.lr, test.lr, test.hr))
+    took = costs(list(transfers_of(model).values()), fit.blocks_seconds)
+    return [{**judged, **block_macs(model), **took, "self_check": fit.self_check}]
 
 
 def judge_model(study: Study, model: nn.Module, view: Degradation, fit: Found) -> list[Figures]:
@@ -152,10 +161,10 @@ def costs(modules: Sequence[Any], seconds: float) -> Figures:
     return {"seconds": seconds, "parameters": parameters}
 
 
-METHODS: Mapping[str, GapMethod] = {
+METHODS: Mapping[str, TableMethod] = {
     "plain": Method(("HR", "LR", "LR, flips averaged"), plain, seeded=False),
     "ridge": Method(("ridge regression",), closed_form, seeded=False),
-    "paper": fitted("the paper's head (nearest labels)", paper),
+    "paper": fitted(("the paper's head (nearest labels)",), paper, judge_head),
     "labels": head("head: cross-entropy on paired labels", objective="labels"),
     "regression": head("head: regression", objective="regression"),
     "contrast": head("head: instance contrast", objective="contrast"),
@@ -165,8 +174,9 @@ METHODS: Mapping[str, GapMethod] = {
     ),
     "warm": control("head: warm start by ridge", lambda *given: of_pairs(*given, warm_start=True)),
     "half": fitted(
-        "head, half of the images, pairs",
+        ("head, half of the images, pairs",),
         lambda study, view, seed: study.fit([view], seed, images=halves(study, seed)[0]),
+        judge_head,
     ),
     **{
         kind: control(
@@ -178,11 +188,19 @@ METHODS: Mapping[str, GapMethod] = {
         for kind in UNPAIRED
     },
     "deep": fitted(
-        "deep: blocks",
+        (
+            "deep: blocks",
+            "deep: blocks and head",
+            "deep, flips averaged",
+            "deep, flips and shifts averaged",
+        ),
         lambda study, view, seed: study.fit([view], seed, ["blocks", "head"]),
-        "deep: blocks and head",
-        "deep, flips averaged",
-        "deep, flips and shifts averaged",
+        judge_model,
     ),
 }
 """Methods by the name that `--methods` takes."""
+
+BLOCKS = fitted(
+    ("blocks (default)",), lambda study, view, seed: study.fit([view], seed, "blocks"), judge_blocks
+)
+"""What `fit_transfer` trains unless told, on its own."""

@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from benchmarks.common import table
 from benchmarks.common.study import Study
 from benchmarks.common.versions import versions
 from benchmarks.gap.methods import METHODS
-from benchmarks.gap.tables import with_gaps
 from featxfer import BLOCK_RECIPE, FEATURES_RECIPE, Degradation
 
 SELF_CHECKS = ("cosine_gap", "retrieval_gap", "clusters_gap", "cosine", "retrieval", "clusters")
@@ -19,20 +18,7 @@ SELF_CHECKS = ("cosine_gap", "retrieval_gap", "clusters_gap", "cosine", "retriev
 
 def run(study: Study, methods: Iterable[str], view: Degradation, seeds: int) -> dict[str, Any]:
     """All rows of the table, and what of the self-check goes with the gap recovered."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    steps = [(name, seed) for name in methods for seed in METHODS[name].seeds(seeds)]
-    for name, seed in tqdm(steps, desc="rows", disable=None):
-        method = METHODS[name]
-        key = {
-            "method": name,
-            "seed": seed,
-            "view": view.to_dict(),
-            "fit": method.choices(study, view, seed),
-        }
-        found = study.figures(key, lambda: {"rows": method.run(study, view, seed)})["rows"]  # noqa: B023
-        for label, figures in zip(method.labels, found, strict=True):
-            rows.setdefault(label, []).append(figures)
-    table = with_gaps(rows)
+    rows = table.run(study, {name: METHODS[name] for name in methods}, view, seeds)
     return {
         "config": {
             "backbone": study.name,
@@ -47,7 +33,7 @@ def run(study: Study, methods: Iterable[str], view: Degradation, seeds: int) -> 
         },
         "images": study.counts,
         "versions": versions(),
-        "table": table,
+        "table": table.with_gaps(rows),
         "self_check": self_check(rows),
     }
 

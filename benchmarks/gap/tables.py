@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.common.intervals import summarise_runs
 from benchmarks.common.markdown import grid
 
 ALL_ROWS = (
@@ -24,37 +23,6 @@ FEW_LABELS = tuple(
     for m in (1, 5, 10)
     for text, name in ((f"{m} a class, mAP %", f"few-{m}"), ("gap %", f"few-{m} gap"))
 )
-
-
-def recovered(
-    run: Mapping[str, float],
-    low: Mapping[str, float],
-    high: Mapping[str, float],
-    names: tuple[str, ...] = ("deploy", "accuracy", "retrain", "few"),
-) -> dict[str, float]:
-    """Shares of the gap in %, of figures whose names begin so, where HR is above LR."""
-    return {
-        f"{name} gap": 100 * (run[name] - low[name]) / (high[name] - low[name])
-        for name in run
-        if name in low and name in high and name.startswith(names) and high[name] > low[name]
-    }
-
-
-def with_gaps(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """Summaries by row, with the share of the gap recovered in %, where HR is above LR.
-
-    The ends are plain HR and LR features under SVMs on HR features (deploy, few labels), and under
-    SVMs on their own features (retrain).
-    """
-    high, low = rows["HR"][0], rows["LR"][0]
-    table = {}
-    for label, runs in rows.items():
-        found = []
-        for run in runs:
-            cost = {"hr loss": high["hr"] - run["hr"]} if "hr" in run and "hr" in high else {}
-            found.append({**run, **recovered(run, low, high), **cost})
-        table[label] = summarise_runs(found)
-    return table
 
 
 def all_rows(table: Mapping[str, Any]) -> str:

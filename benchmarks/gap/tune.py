@@ -26,10 +26,10 @@ from benchmarks.common.markdown import grid
 from benchmarks.common.method import Method
 from benchmarks.common.results import write_results
 from benchmarks.common.study import Study, with_study
+from benchmarks.common.table import recovered
 from benchmarks.common.versions import versions
 from benchmarks.gap.features import through_blocks
 from benchmarks.gap.methods import block_macs, costs
-from benchmarks.gap.tables import recovered
 from featxfer import BLOCK_RECIPE, FEATURES_RECIPE, FeatureTransferBlock
 from featxfer_integrations import FitOptions, attach_transfer, host_of, transfers_of
 from featxfer_integrations.hosts.find import find_sites

@@ -22,9 +22,9 @@ from benchmarks.common.plots import new_figure, png, require_matplotlib
 from benchmarks.common.results import write_results
 from benchmarks.common.ridge import ridge
 from benchmarks.common.study import Study, Transferred, with_study
+from benchmarks.common.table import with_gaps
 from benchmarks.common.versions import versions
 from benchmarks.gap.features import through_blocks
-from benchmarks.gap.tables import with_gaps
 from featxfer import BLOCK_RECIPE, Degradation
 from featxfer_integrations import CorruptedDegradation, FitOptions
 

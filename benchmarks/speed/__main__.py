@@ -104,17 +104,12 @@ def time_stages(
 
 
 @main.command("job")
-@click.option("--root", type=Path, help="A devkit in VOC layout.  [default: the sample]")
-@click.option("--svm", default="reference")
 @click.option("--out", type=Path, default=Path("runs/speed/job"))
-def time_job(root: Path | None, svm: str, out: Path) -> None:
+def time_job(out: Path) -> None:
     """`python -m benchmarks.voc2007`, as README has it, cold and warm, and where its time goes."""
-    arguments = ["--svm", svm]
-    if root is not None:
-        arguments += ["--root", str(root.resolve()), "--weights", "demo"]
     with told_errors(), tempfile.TemporaryDirectory() as folder:
-        measured = job.measure_job(arguments, Path(folder))
-        _write(out, {"svm": svm, **measured}, job.summary(measured))
+        measured = job.measure_job([], Path(folder))
+        _write(out, measured, job.summary(measured))
 
 
 @main.command("samples")

@@ -36,24 +36,24 @@ class Routine:
 
 STAGES: Mapping[str, tuple[Routine, Routine]] = {
     "render the sample": (
-        Routine("voc2007/data.py", "open_devkit"),
+        Routine("voc2007/sample_devkit.py", "render_sample"),
         Routine("voc2007/sample.py", "draw"),
     ),
-    "features": (
-        Routine("featxfer/features/extract.py", "extract_features"),
+    "features and maps": (
+        Routine("featxfer/features/extract.py", "fill_stores"),
         Routine("featxfer/features/forward.py", "__call__"),
     ),
     "k-means": (
         Routine("featxfer/training/pseudo_labels.py", "kmeans"),
         Routine("extra_wrappers.py", "train"),
     ),
-    "heads": (
+    "heads and blocks": (
         Routine("featxfer/training/trainer.py", "fit_rows"),
         Routine("featxfer/training/trainer.py", "step"),
     ),
     "SVMs": (
         Routine("featxfer/evaluation/svm.py", "train_svms"),
-        Routine("svm/_base.py", "_fit_liblinear"),
+        Routine("evaluation/batched_svm.py", "solve"),
     ),
     "figures": (
         Routine("voc2007/figures.py", "draw"),

@@ -1,10 +1,11 @@
-"""The rows of the table: from the HR and LR features of a split to what the SVMs are trained on."""
+"""The rows of the table: from HR and LR features to what the SVMs are trained on."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from tqdm import tqdm
 
 from benchmarks.common.memo import hash_key
 from benchmarks.common.method import Method
-from benchmarks.common.ridge import ridge
+from benchmarks.common.study import PARTS, Study, Transferred
+from benchmarks.common.table import TableMethod
 from benchmarks.common.versions import versions
-from benchmarks.voc2007.data import Data
+from benchmarks.gap.methods import BLOCKS, METHODS
 from benchmarks.voc2007.options import Network
 from featxfer import (
     Card,
@@ -31,9 +33,7 @@ from featxfer import (
 )
 from featxfer.modules.scaling import scale_features
 from featxfer.training.pseudo_labels import Clustering, centroid_scores
-
-Pair = tuple[Tensor, Tensor]
-"""Features of the training rows and of the test rows."""
+from featxfer_integrations import backbone_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class Transfer:
         heads: folder in which trained heads are kept.
         identity: JSON-shaped; what the features are, for the heads' keys.
         card: backbone's name, its weights' hash and the degradation, for the heads' cards.
-        precision: of the heads' training, that of the features.
     """
 
     def __init__(
@@ -65,12 +64,24 @@ class Transfer:
         heads: Path,
         identity: Any,
         card: tuple[str, str, Degradation],
-        precision: str = "fp32",
     ) -> None:
-        self.network, self.precision = network, precision
+        self.network = network
         self.hr, self.lr = self.scale(hr), self.scale(lr)
         self._heads, self._identity, self._card = heads, identity, card
         self._clusterings: dict[tuple[int, int], Clustering] = {}
+
+    @classmethod
+    def of(cls, study: Study, view: Degradation, network: Network) -> Transfer:
+        """Of the features that a study's table is made of."""
+        features, backbone = study.features("train", view), backbone_of(study.model)
+        return cls(
+            features.hr,
+            features.lr,
+            network,
+            study.cache / "heads",
+            features.keys,
+            (backbone.name, backbone.weights_sha256, view),
+        )
 
     def scale(self, features: Tensor) -> Tensor:
         """The scaling of what k-means and the network see."""
@@ -155,7 +166,6 @@ class Transfer:
                 labels=sizes.labels,
                 recipe=recipe,
                 seed=seed,
-                precision=self.precision,
                 callback=lambda _: bar.update(),
             )
         details = {**key, "log": [dataclasses.asdict(epoch) for epoch in log]}
@@ -167,52 +177,102 @@ def _is_finished(head: Path) -> bool:
     return (head / "card.json").is_file()
 
 
-Row = Method[[int], Pair]
-"""Of Table 1: from a seed to the features of the training and the test rows."""
+Make = Callable[[Study, Degradation, int], Transferred]
+"""From a study, the LR view and a seed to what the SVMs of a row are trained on and tested on."""
 
 
-def table_rows(data: Data, transfer: Transfer, sizes: Sizes) -> dict[str, Row]:
+@dataclass(frozen=True)
+class Row:
+    """A row of Table 1.
+
+    Args:
+        label: of the row.
+        make: see `Make`.
+        seeded: whether the seed changes it.
+        choices: what it hangs on besides the study, the view and the seed, as JSON types.
+    """
+
+    label: str
+    make: Make
+    seeded: bool = True
+    choices: Any = None
+
+    @property
+    def method(self) -> TableMethod:
+        """What makes the row's figures."""
+        return Method(
+            (self.label,),
+            lambda study, view, seed: [study.judge(self.make(study, view, seed))],
+            self.seeded,
+            lambda *_: self.choices,
+        )
+
+
+def paper_rows(transfer: Transfer, sizes: Sizes) -> dict[str, Row]:
     """The paper's rows and the controls, by name; `sizes.labels` is what the head is taught by."""
-    hr: Pair = (data.trainval.features.hr, data.test.features.hr)
-    lr: Pair = (data.trainval.features.lr, data.test.features.lr)
-    scaled = (transfer.lr, transfer.scale(lr[1]))
     other = "paired" if sizes.labels == "nearest" else "nearest"
     n1, k = sizes.hidden, sizes.clusters
 
-    def through_head(labels: str, layer: str) -> Callable[[int], Pair]:
-        def make(seed: int) -> Pair:
-            head = transfer.head(dataclasses.replace(sizes, labels=labels), seed)
-            return head.transfer(scaled[0], layer=layer), head.transfer(scaled[1], layer=layer)
+    def of_lr(function: Callable[[Tensor, int], Tensor]) -> Make:
+        """A row of a function of scaled LR features and the seed."""
+
+        def make(study: Study, view: Degradation, seed: int) -> Transferred:
+            test = transfer.scale(study.features("test", view).lr)
+            train, tested = (function(part, seed) for part in (transfer.lr, test))
+            return Transferred(train, tested, in_place=False)
 
         return make
 
-    def random_layer(seed: int) -> Pair:
-        head = transfer.untrained_head(sizes, seed)
-        return head.transfer(scaled[0], layer="hidden"), head.transfer(scaled[1], layer="hidden")
+    def head(labels: str, layer: str) -> Make:
+        asked = dataclasses.replace(sizes, labels=labels)
+        return of_lr(lambda rows, seed: transfer.head(asked, seed).transfer(rows, layer=layer))
 
-    def closed_form(seed: int) -> Pair:
-        centroids = transfer.clustering(k, seed).centroids
-        return centroid_scores(scaled[0], centroids), centroid_scores(scaled[1], centroids)
+    def random_layer(rows: Tensor, seed: int) -> Tensor:
+        return transfer.untrained_head(sizes, seed).transfer(rows, layer="hidden")
+
+    def scores(rows: Tensor, seed: int) -> Tensor:
+        return centroid_scores(rows, transfer.clustering(k, seed).centroids)
 
     note = {"nearest": "the paper's head (nearest labels)", "paired": "head on paired labels"}
+    choices = [transfer.network.to_dict(), dataclasses.asdict(sizes)]
+    seeded = partial(Row, seeded=True, choices=choices)
     return {
-        "baseline-hr": Method(("Baseline-HR",), lambda _: hr, seeded=False),
-        "baseline-lr": Method(("Baseline-LR",), lambda _: lr, seeded=False),
-        sizes.labels: Method((note[sizes.labels],), through_head(sizes.labels, "output")),
-        other: Method((note[other],), through_head(other, "output")),
-        "hidden": Method((f"its {n1} hidden activations",), through_head(sizes.labels, "hidden")),
-        "random": Method((f"untrained random layer of {n1}",), random_layer),
-        "centroids": Method((f"{k} closed-form centroid scores",), closed_form),
-        "ridge": Method(("ridge regression LR -> HR",), lambda _: ridge(lr, hr[0]), seeded=False),
-        "pca": Method((f"PCA whitening to {k}",), lambda _: pca_whitening(lr, k), seeded=False),
+        "hr": Row("Baseline-HR", baseline_hr, seeded=False),
+        "lr": Row("Baseline-LR", baseline_lr, seeded=False),
+        sizes.labels: seeded(note[sizes.labels], head(sizes.labels, "output")),
+        other: seeded(note[other], head(other, "output")),
+        "hidden": seeded(f"its {n1} hidden activations", head(sizes.labels, "hidden")),
+        "random": seeded(f"untrained random layer of {n1}", of_lr(random_layer)),
+        "centroids": seeded(f"{k} closed-form centroid scores", of_lr(scores)),
+        "pca": Row(f"PCA whitening to {k}", partial(pca_whitening, k), False, choices),
     }
 
 
-def pca_whitening(lr: Pair, components: int) -> Pair:
+def table_methods(transfer: Transfer, sizes: Sizes) -> dict[str, TableMethod]:
+    """All rows of the table, by name: the paper's and the controls, and what the plug-in trains."""
+    rows = paper_rows(transfer, sizes)
+    plugin = {"ridge": METHODS["ridge"], "head": METHODS["prototypes"], "blocks": BLOCKS}
+    return {name: row.method for name, row in rows.items()} | plugin
+
+
+def baseline_hr(study: Study, view: Degradation, seed: int) -> Transferred:
+    """Plain HR features."""
+    train, test = (study.features(part, view).hr for part in PARTS)
+    return Transferred(train, test, test)
+
+
+def baseline_lr(study: Study, view: Degradation, seed: int) -> Transferred:
+    """Plain LR features."""
+    train, test = (study.features(part, view) for part in PARTS)
+    return Transferred(train.lr, test.lr, test.hr)
+
+
+def pca_whitening(components: int, study: Study, view: Degradation, seed: int) -> Transferred:
     """The first principal components of the LR training features, each of unit variance."""
     from sklearn.decomposition import PCA
 
-    count = min(components, *lr[0].shape)
-    model = PCA(count, whiten=True, svd_solver="full").fit(lr[0].double().numpy())
-    train, test = (torch.from_numpy(model.transform(rows.double().numpy())).float() for rows in lr)
-    return train, test
+    train, test = (study.features(part, view).lr.double().numpy() for part in PARTS)
+    count = min(components, *train.shape)
+    model = PCA(count, whiten=True, svd_solver="full").fit(train)
+    found, tested = (torch.from_numpy(model.transform(part)).float() for part in (train, test))
+    return Transferred(found, tested, in_place=False)

@@ -11,23 +11,25 @@ from typing import Any
 from featxfer import PROTOCOLS, Degradation, Recipe
 from featxfer.checks import check_choice, check_integer
 from featxfer.evaluation.metrics import AVERAGE_PRECISIONS
-from featxfer.features.forward import COMPILE, PRECISIONS
 from featxfer.modules.head import ACTIVATIONS
 from featxfer.modules.scaling import SCALINGS
 from featxfer.training.pseudo_labels import ASSIGNMENTS, BACKENDS
 
-SVMS = {"reference": "liblinear", "fast": "batched"}
+SVMS = {"batched": "batched", "reference": "liblinear"}
 """Solvers of `train_svms` by the name for `--svm`."""
 
 CHOICES: Mapping[str, Collection[str]] = {
-    "methods": ("paper", "all"),
-    "precision": PRECISIONS,
-    "compile": COMPILE,
     "svm": SVMS,
     "labels": ASSIGNMENTS,
     "ap": AVERAGE_PRECISIONS,
 }
 """Values of an option by its name."""
+
+METHODS = (
+    *("nearest", "paired", "hidden", "random", "centroids", "pca"),  # the paper's, and controls
+    *("ridge", "head", "blocks"),  # of the gap benchmark
+)
+"""Rows of Table 1 besides the two baselines, by the name that `--methods` takes."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Network:
     """The feature transfer network and what it is trained on, but for k, N1, labels and seed.
 
     What the paper does not state and we chose: `python -m benchmarks.voc2007.tune` compares the
-    choices by cross-validation on trainval.
+    choices by cross-validation on the training split.
     """
 
     scaling: str = "l2"
@@ -58,9 +60,10 @@ class Network:
 class Options:
     """The command's options; see `python -m benchmarks.voc2007 --help`."""
 
-    methods: str
+    methods: tuple[str, ...]
     root: Path | None
-    sample: tuple[int, int] | None
+    sample: tuple[int, int]
+    splits: tuple[str, str]
     backbone: str
     weights: str
     degradation: Degradation
@@ -72,20 +75,16 @@ class Options:
     ap: str
     network: Network
     grid: tuple[tuple[int, ...], tuple[int, ...]] | None
+    curve: bool
     figures: bool
     out: Path
     cache: Path
-    on_error: str
-    precision: str
-    compile: str
     svm: str
     jobs: int
 
     def __post_init__(self) -> None:
         for name in ("clusters", "hidden", "seeds", "jobs"):
             check_integer(name, getattr(self, name), at_least=1)
-        if self.methods == "all" and self.on_error != "raise":
-            raise ValueError(f"on_error: got {self.on_error!r} with methods 'all', wanted 'raise'")
         for name, known in CHOICES.items():
             check_choice(name, getattr(self, name), known)
         for protocol in self.protocols:
@@ -108,10 +107,10 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """What results depend on, as JSON types; no paths of this machine."""
-        names = ("backbone", "clusters", "hidden", "protocols", "grid", *CHOICES)
+        names = ("methods", "backbone", "splits", "clusters", "hidden", "protocols", "grid")
         return {
-            **{name: getattr(self, name) for name in names},
-            "data": self.data_name,
+            **{name: getattr(self, name) for name in (*names, "curve", *CHOICES)},
+            "data": self.data_name if self.root else "sample of {} and {}".format(*self.sample),
             "weights": self.weights if self.weights in ("pretrained", "demo", "random") else "file",
             "degradation": self.degradation.to_dict(),
             "seeds": list(range(self.seeds)),

@@ -2,9 +2,9 @@
 
 Nothing here is a photograph and nothing comes from VOC: every image is drawn by this module.
 The set is the default data of a benchmark that measures what image classification loses at a
-low resolution (32 px) against 224 px, so that the benchmark runs where the real data is absent.
-A class is a shape filled with a fine texture.  The texture is plain to see in an image of 224 px
-and gone in one of 32 px, where the shape partly survives; colour tells nothing about the class.
+low resolution (24 px) against 128 px, so that the benchmark runs where the real data is absent.
+A class is a shape filled with a texture.  Both are plain to see in an image of 128 px; in one of
+24 px the texture is blurred, not gone, as it is in small photographs; colour tells nothing.
 Scores on this data say nothing about scores on VOC2007.
 """
 
@@ -28,7 +28,7 @@ COUNTS = (3, 1, 2, 2)  # clear objects of image i: COUNTS[i % 4]
 EXTRA_CHANCE = 0.3  # share of images with one more object, a difficult one
 OCCLUDED_CHANCE = 0.3  # share of clear objects with something drawn over a part of them
 RADIUS = (0.36, 0.5)  # of a shape, in sides of its cell
-PERIOD = (8 / 224, 10 / 224)  # of a texture, in sides of the image
+PERIOD = (24 / 224, 40 / 224)  # of a texture, in sides of the image
 
 
 @dataclass(frozen=True)

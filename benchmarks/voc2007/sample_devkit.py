@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.voc2007.sample import CLASSES, Drawn, deal_items, draw
 from featxfer.files import write_atomic
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("trainval", "test")
 
 

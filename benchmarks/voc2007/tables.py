@@ -1,58 +1,87 @@
-"""Tables 1 and 2 as text, in the paper's layout, from what `results.json` holds."""
+"""Tables 1 and 2 as text, in the paper's layout, and what was found in words."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from benchmarks.common.intervals import plus_minus
 from benchmarks.common.markdown import Column, to_markdown
-from benchmarks.gap import tables as gap
+from benchmarks.gap.methods import BLOCKS, METHODS
 from benchmarks.voc2007 import paper
 
 CLASSES_A_BLOCK = 20
 
+Table = Mapping[str, Mapping[str, Any]]
+"""Summaries of figures by name, by row."""
 
-def render(results: dict[str, Any]) -> str:
-    """All tables of a run, with what they are of above them."""
-    blocks = [heading(results)]
-    for protocol, table in results["table1"].items():
+COLUMNS = (
+    ("retrain mAP %", "retrain"),
+    ("gap %", "retrain gap"),
+    ("deploy mAP %", "deploy"),
+    ("gap %", "deploy gap"),
+    ("HR loses", "hr loss"),
+)
+"""Headings and figures of Table 1 here. The first two are the paper's."""
+
+READING = (
+    "retrain: SVMs trained and tested on the row's own features, as in the paper.\n"
+    "deploy: SVMs on HR features, never changed.\n"
+    "gap: 0 is Baseline-LR, 100 Baseline-HR; ± is half of the 95% interval over seeds.\n"
+    "HR loses: what HR images lose in deploy mAP when they go the same way."
+)
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """All tables of a run, with what they are of above them and what was found below."""
+    classes = results["data"]["classes"]
+    blocks = [heading(results), READING]
+    for protocol, table in results["tables"].items():
         blocks += [
             f"Protocol {protocol}",
-            summary(table, results["data"]["classes"]),
-            per_class(table, results["data"]["classes"]),
+            main_table(table, classes),
+            per_class(table, classes, results["config"]["ap"]),
             unconverged(table),
         ]
-    if "table2" in results:
-        blocks.append(grid(results["table2"], results["data"]["classes"]))
-    if "gap" in results:
-        blocks.append(every_method(results["gap"]))
+    if "grid" in results:
+        blocks += grids(results)
+    blocks += ["\n".join(found_in_words(results))]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def heading(results: dict[str, Any]) -> str:
+def heading(results: Mapping[str, Any]) -> str:
     """Data, backbone, degradation, seeds and the labels' diagnostics in a few lines."""
     config, data = results["config"], results["data"]
-    images, degradation = data["images"], config["degradation"]
+    degradation = config["degradation"]
     kind = "SYNTHETIC images rendered by this project" if data["synthetic"] else config["data"]
+    counts = " and ".join(f"{count} {split}" for split, count in data["images"].items())
     agreement = [d["agreement"] for d in results["diagnostics"]]
-    skipped = sum(len(s) for s in data["skipped"].values())
     return "\n".join(
         [
-            f"Data: {kind}; {images['trainval']} trainval and {images['test']} test images, "
-            f"{len(data['classes'])} classes" + (f"; {skipped} images skipped" if skipped else ""),
+            f"Data: {kind}; {counts} images, {len(data['classes'])} classes{_apart(config)}",
             f"Backbone: {results['backbone']['name']} ({config['weights']} weights, "
             f"{results['backbone']['sha256'][:12]}), {data['width']}-D",
-            f"LR: {degradation['lr_size']} pixels, {degradation['kernel']}, antialias "
-            f"{degradation['antialias']}, order {degradation['order']!r}",
+            f"HR: {degradation['hr_size']} pixels; LR: {degradation['lr_size']} pixels, "
+            f"{degradation['kernel']}, antialias {degradation['antialias']}, order "
+            f"{degradation['order']!r}",
             f"Seeds: {len(config['seeds'])}; AP: {config['ap']}; k = {config['clusters']}, "
-            f"N1 = {config['hidden']}",
+            f"N1 = {config['hidden']}; SVMs: {config['svm']}",
             "Nearest and paired pseudo-labels agree for "
             f"{percent(sum(agreement) / len(agreement))}% of the LR training images",
         ]
     )
 
 
-def diagnostics(found: dict[str, Any]) -> str:
+def _apart(config: Mapping[str, Any]) -> str:
+    """Says which splits were used, where they are not the usual ones."""
+    train, test = config["splits"]
+    if test == "test":
+        return ""
+    return f"; trained on {train!r}, judged on {test!r}, which is not the test set"
+
+
+def diagnostics(found: Mapping[str, Any]) -> str:
     """The pseudo-labels of one seed in a line, before anything is trained on them."""
     views = "; ".join(
         f"{view.upper()}: {found[f'{view}_empty']} empty, {found[f'{view}_tiny']} tiny, "
@@ -65,50 +94,41 @@ def diagnostics(found: dict[str, Any]) -> str:
     )
 
 
-def summary(table: dict[str, Any], classes: list[str]) -> str:
-    """The mAP and the gap recovered of each row, with 95% intervals over seeds."""
-    spread = "95% interval"
-    lines = [f"{'':34}{'mAP %':>8}  {spread:<16}{'gap recovered %':>15}  {spread}"]
-    for entry in table.values():
-        gap = entry["gap_recovered"]
-        lines.append(
-            f"{entry['label']:34}{percent(entry['map']['mean']):>8}  {interval(entry['map']):<16}"
-            + (f"{percent(gap['mean']):>15}  {interval(gap)}" if gap else f"{'no gap':>15}")
-        )
-    lines = [line.rstrip() for line in lines]
-    if classes == paper.CLASSES:
-        lines += [f"{'[1] ' + row:34}{v:>8.1f}" for row, v in paper.TABLE1_MAP.items()]
-    return "\n".join(lines)
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The mAP and the gap recovered of each row under every protocol, in Markdown."""
-    tables = results["table1"]
-    columns: list[Column[str]] = [("", lambda name: next(iter(tables.values()))[name]["label"])]
-    for protocol, table in tables.items():
-        columns.append((f"{protocol}: mAP %", partial(_cell, table, "map")))
-        columns.append((f"{protocol}: gap recovered %", partial(_cell, table, "gap_recovered")))
-    text = to_markdown(next(iter(tables.values())), columns)
-    return text + "\n" + every_method(results["gap"]) if "gap" in results else text
-
-
-def _cell(table: dict[str, Any], name: str, row: str) -> str:
-    summary = table[row][name]
-    return in_percent(summary) if summary else "no gap"
-
-
-def every_method(found: dict[str, Any]) -> str:
-    """The gap benchmark's two tables, in Markdown."""
-    return (
-        f"Every method, protocol {found['config']['protocol']}, batched solver:\n\n"
-        f"{gap.all_rows(found['table'])}\nFew labels:\n\n{gap.few_labels(found['table'])}"
+def main_table(table: Table, classes: Sequence[str]) -> str:
+    """MAP, the gap recovered and what HR images lose, of each row."""
+    rows = [["", *(heading for heading, _ in COLUMNS)]]
+    rows += [
+        [label, *(plus_minus(row.get(name)) for _, name in COLUMNS)] for label, row in table.items()
+    ]
+    if list(classes) == paper.CLASSES:
+        rows += [[f"[1] {row}", f"{value:.1f}"] for row, value in paper.TABLE1_MAP.items()]
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    lines = (
+        row[0].ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=False))
+        for row in rows
     )
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def per_class(table: dict[str, Any], classes: list[str]) -> str:
+def markdown(results: Mapping[str, Any]) -> str:
+    """Table 1 under every protocol, in Markdown."""
+    tables = results["tables"]
+    columns: list[Column[str]] = [("", lambda label: label)]
+    for protocol, table in tables.items():
+        of = f"{protocol}: " if len(tables) > 1 else ""
+        columns += [(f"{of}{head}", partial(_cell, table, name)) for head, name in COLUMNS]
+    return to_markdown(next(iter(tables.values())), columns)
+
+
+def _cell(table: Table, name: str, label: str) -> str:
+    return plus_minus(table[label].get(name))
+
+
+def per_class(table: Table, classes: Sequence[str], ap: str) -> str:
     """AP of each class, mean over seeds, as the paper's Table 1; 20 classes a block."""
-    rows = [(entry["label"], [100 * ap for ap in entry["ap"]]) for entry in table.values()]
-    if classes == paper.CLASSES:
+    rows = [(label, row["classes"][ap]) for label, row in table.items()]
+    if list(classes) == paper.CLASSES:
         rows += [(f"[1] {row}", aps) for row, aps in paper.TABLE1.items()]
     blocks = []
     for start in range(0, len(classes), CLASSES_A_BLOCK):
@@ -119,31 +139,90 @@ def per_class(table: dict[str, Any], classes: list[str]) -> str:
     return "\n\n".join(blocks)
 
 
-def unconverged(table: dict[str, Any]) -> str:
+def unconverged(table: Table) -> str:
     """Says how many SVM fits stopped at the limit of iterations, where any did."""
     counts = {
-        entry["label"]: (sum(r["unconverged"] for r in runs), sum(r["fits"] for r in runs))
-        for entry in table.values()
-        for runs in [entry["runs"]]
+        label: (sum(r["unconverged"] for r in row["svms"]), sum(r["fits"] for r in row["svms"]))
+        for label, row in table.items()
     }
     told = [f"{label}: {n} of {fits}" for label, (n, fits) in counts.items() if n]
     return "SVM fits stopped at the limit of iterations: " + "; ".join(told) if told else ""
 
 
-def grid(table2: dict[str, Any], classes: list[str]) -> str:
+def grids(results: Mapping[str, Any]) -> list[str]:
+    """The grid of each protocol."""
+    cells, classes = results["grid"], results["data"]["classes"]
+    return [
+        grid([cell for cell in cells if cell["protocol"] == protocol], protocol, classes)
+        for protocol in results["tables"]
+    ]
+
+
+def grid(cells: Sequence[Mapping[str, Any]], protocol: str, classes: Sequence[str]) -> str:
     """The mAP over N2 = k (rows) and N1 (columns), as the paper's Table 2."""
-    cells = {(cell["clusters"], cell["hidden"]): cell["map"] for cell in table2["cells"]}
-    ks, hiddens = sorted({k for k, _ in cells}), sorted({h for _, h in cells})
-    lines = [f"Grid, protocol {table2['protocol']}: mAP % (rows N2 = k, columns N1)"]
-    lines.append(f"{'':6}" + "".join(f"{hidden:>16}" for hidden in hiddens))
+    found = {(cell["clusters"], cell["hidden"]): cell["map"] for cell in cells}
+    ks, hiddens = sorted({k for k, _ in found}), sorted({h for _, h in found})
+    lines = [f"Grid, protocol {protocol}: mAP % (rows N2 = k, columns N1)"]
+    lines.append(f"{'':6}" + "".join(f"{hidden:>14}" for hidden in hiddens))
     for k in ks:
-        values = (cells[k, hidden] for hidden in hiddens)
-        lines.append(f"{k:<6}" + "".join(f"{in_percent(value):>16}" for value in values))
-    if classes == paper.CLASSES:
-        lines.append(f"{'[1]':6}" + "".join(f"{hidden:>16}" for hidden in paper.TABLE2[100]))
+        values = (found[k, hidden] for hidden in hiddens)
+        lines.append(f"{k:<6}" + "".join(f"{plus_minus(value):>14}" for value in values))
+    if list(classes) == paper.CLASSES:
+        lines.append(f"{'[1]':6}" + "".join(f"{hidden:>14}" for hidden in paper.TABLE2[100]))
         for k, row in paper.TABLE2.items():
-            lines.append(f"{k:<6}" + "".join(f"{value:>16.1f}" for value in row.values()))
+            lines.append(f"{k:<6}" + "".join(f"{value:>14.1f}" for value in row.values()))
     return "\n".join(lines)
+
+
+def found_in_words(results: Mapping[str, Any]) -> list[str]:
+    """What was found, in up to three sentences: the loss, what gives it back, and what does not."""
+    table: Table = next(iter(results["tables"].values()))
+    degradation = results["config"]["degradation"]
+    size, full = degradation["lr_size"], degradation["hr_size"]
+    hr, lr = (table[row]["deploy"]["mean"] for row in ("Baseline-HR", "Baseline-LR"))
+    if hr <= lr:
+        return [f"Images of {size} pixels cost nothing here: there is no gap to recover."]
+    said = [
+        f"Seen at {size} pixels and not at {full}, images take a classifier that was trained on HR "
+        f"ones from {hr:.1f} to {lr:.1f} mAP."
+    ]
+    paper, head = (
+        next((label for label in table if label.startswith(name)), "")
+        for name in ("the paper's head", METHODS["prototypes"].label)
+    )
+    if BLOCKS.label in table:
+        row, others = table[BLOCKS.label], []
+        for name, label in (("a head", head), ("ridge regression", METHODS["ridge"].label)):
+            if label in table:
+                others.append(f"{name} {_gap(table[label], 'deploy')}")
+        said.append(
+            f"Blocks, trained without labels and without touching a filter, give back "
+            f"{_gap(row, 'deploy')} of that, and HR images {_changes(row['hr loss']['mean'])}"
+            + (f"; {' and '.join(others)}." if others else ".")
+        )
+    if paper and "retrain gap" in table[paper]:
+        plain = table["Baseline-LR"]["retrain"]["mean"]
+        said.append(
+            f"SVMs that are trained anew on LR images reach {plain:.1f}; on the outputs of the "
+            f"paper's head {table[paper]['retrain']['mean']:.1f}, which is "
+            f"{_gap(table[paper], 'retrain')} of their gap"
+            + (
+                f", and behind blocks {_gap(table[BLOCKS.label], 'retrain')}."
+                if BLOCKS.label in table
+                else "."
+            )
+        )
+    return said
+
+
+def _gap(row: Mapping[str, Any], of: str) -> str:
+    return f"{round(row[f'{of} gap']['mean']) + 0}%"
+
+
+def _changes(loss: float) -> str:
+    if abs(loss) < 0.05:
+        return "lose nothing"
+    return f"{'lose' if loss > 0 else 'gain'} {abs(loss):.1f} mAP"
 
 
 def _short(name: str) -> str:
@@ -155,17 +234,3 @@ def _short(name: str) -> str:
 def percent(value: float) -> str:
     """A share as percent with one decimal, zero without a sign."""
     return f"{round(100 * value, 1) + 0.0:.1f}"
-
-
-def interval(summary: dict[str, Any]) -> str:
-    """`[low, high]` in percent, or nothing for a single value."""
-    if summary["low"] is None:
-        return ""
-    return f"[{percent(summary['low'])}, {percent(summary['high'])}]"
-
-
-def in_percent(summary: dict[str, Any]) -> str:
-    """`mean ± half width` in percent, or the mean alone."""
-    if summary["low"] is None:
-        return percent(summary["mean"])
-    return f"{percent(summary['mean'])} ± {percent((summary['high'] - summary['low']) / 2)}"

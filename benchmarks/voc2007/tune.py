@@ -96,22 +96,27 @@ def choices() -> Iterator[tuple[str, Choice]]:
 
 @click.command(context_settings={"show_default": True})
 @root_option
+@click.option("--split", default="trainval", help="Of the devkit.")
 @click.option("--backbone", default=DEMO_BACKBONE)
 @click.option("--weights", default="demo")
 @click.option("--lr-size", default=32)
 @cache_option
 @click.option("--out", type=Path, default=Path("runs") / "voc2007" / "tuning")
-def main(root: Path, backbone: str, weights: str, lr_size: int, cache: Path, out: Path) -> None:
+def main(
+    root: Path, split: str, backbone: str, weights: str, lr_size: int, cache: Path, out: Path
+) -> None:
     """Compares the choices; writes tuning.json and tuning.txt. May be interrupted and resumed."""
     with told_errors():
-        _tune(root, backbone, weights, lr_size, cache, out)
+        _tune(root, split, backbone, weights, lr_size, cache, out)
 
 
-def _tune(root: Path, backbone: str, weights: str, lr_size: int, cache: Path, out: Path) -> None:
+def _tune(
+    root: Path, split: str, backbone: str, weights: str, lr_size: int, cache: Path, out: Path
+) -> None:
     devkit, host = VOCDevkit(root), load_backbone(backbone, weights)
     degradation = Degradation(lr_size=lr_size)
-    features = extract_features(host, devkit.images("trainval"), degradation, cache / "features")
-    bench = Bench(features, devkit.labels("trainval"), host, degradation, cache)
+    features = extract_features(host, devkit.images(split), degradation, cache / "features")
+    bench = Bench(features, devkit.labels(split), host, degradation, cache)
     rows = []
     for name, choice in tqdm(list(choices()), desc="choices", disable=None):
         folds = bench.score(choice)

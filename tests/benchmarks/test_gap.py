@@ -13,9 +13,10 @@ from click.testing import CliRunner
 
 from benchmarks.common import fit
 from benchmarks.common.study import Study, small, subset
+from benchmarks.common.table import with_gaps
 from benchmarks.gap import __main__ as gap
 from benchmarks.gap import features, methods, run, tune, views
-from benchmarks.gap.tables import all_rows, few_labels, summary, with_gaps
+from benchmarks.gap.tables import all_rows, few_labels, summary
 from benchmarks.voc2007.sample_devkit import render_sample
 from featxfer import PROTOCOLS, Degradation, Recipe, VOCDevkit
 

@@ -16,25 +16,24 @@ import timm
 import torch
 from click.testing import CliRunner, Result
 
-from benchmarks.gap.methods import METHODS
-from benchmarks.voc2007 import command
-from benchmarks.voc2007 import run as run_module
+from benchmarks.common import fit, study
 from benchmarks.voc2007.__main__ import main
 from benchmarks.voc2007.sample_devkit import render_sample
 from featxfer import Recipe
 
 ROOT = Path(__file__).parents[3]
-ROWS = [
-    "baseline-hr",
-    "baseline-lr",
-    "nearest",
-    "paired",
-    "hidden",
-    "random",
-    "centroids",
-    "ridge",
-    "pca",
+PAPER = [
+    "Baseline-HR",
+    "Baseline-LR",
+    "the paper's head (nearest labels)",
+    "head on paired labels",
+    "its 16 hidden activations",
+    "untrained random layer of 16",
+    "5 closed-form centroid scores",
+    "PCA whitening to 5",
 ]
+PLUGIN = ["ridge regression", "head: prototypes (default)", "blocks (default)"]
+CHEAP = ["--methods", "nearest,paired,hidden,random,centroids,pca,ridge", "--no-figures", "--json"]
 SMALL = [
     "--hr-size",
     "64",
@@ -53,6 +52,15 @@ SMALL = [
     "--jobs",
     "1",
 ]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short recipes, and no warning that blocks for random features do not help."""
+    short = Recipe(epochs=1, batch_size=16, learning_rate=1e-3, optimizer="adamw")
+    for module, name in (("heads", "FEATURES_RECIPE"), ("maps", "BLOCK_RECIPE")):
+        monkeypatch.setattr(f"featxfer_integrations.stages.{module}.{name}", short)
+    monkeypatch.setattr("featxfer_integrations.fit.warn_if_useless", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +96,10 @@ def refuse(arguments: list[str], *more: str) -> str:
 
 
 def test_from_the_shell_on_the_rendered_sample(weights: Path, tmp_path: Path) -> None:
-    """A process of its own, with the default data source, figures and the grid."""
+    """A process of its own, with the default data source and rows, figures, grid and curve."""
     command = [sys.executable, "-m", "benchmarks.voc2007", "--sample", "18", "12"]
     command += ["--backbone", "timm/test_resnet", "--weights", str(weights), *SMALL]
-    command += ["--grid", "--grid-clusters", "3,5", "--grid-hidden", "8,16"]
+    command += ["--grid", "--grid-clusters", "3,5", "--grid-hidden", "8,16", "--curve"]
     out = tmp_path / "out"
     command += ["--out", str(out), "--cache", str(tmp_path / "cache")]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'integrations'}"}
@@ -102,94 +110,96 @@ def test_from_the_shell_on_the_rendered_sample(weights: Path, tmp_path: Path) ->
     assert f"figures to {out}" in done.stderr
     assert "it/s" not in done.stderr, "no progress bars where stderr is no terminal"
     results = json.loads((out / "results.json").read_text())
-    assert list(results["table1"]["plain"]) == ROWS
-    assert [(c["clusters"], c["hidden"]) for c in results["table2"]["cells"]] == [
+    rows = results["tables"]["plain"]
+    assert list(rows) == [*PAPER, *PLUGIN]
+    assert [(c["clusters"], c["hidden"]) for c in results["grid"]] == [
         (3, 8), (3, 16), (5, 8), (5, 16),
     ]  # fmt: skip
-    for entry in results["table1"]["plain"].values():
-        assert len(entry["ap"]) == 20
-        assert all(0 <= ap <= 1 for ap in entry["ap"])
-    seeds = {name: len(e["map"]["values"]) for name, e in results["table1"]["plain"].items()}
-    assert seeds == {
-        name: 1 if name in ("baseline-hr", "baseline-lr", "ridge", "pca") else 2 for name in ROWS
-    }
-    widths = {name: e["runs"][0]["width"] for name, e in results["table1"]["plain"].items()}
-    assert widths["nearest"] == widths["paired"] == widths["centroids"] == widths["pca"] == 5
-    assert widths["hidden"] == widths["random"] == 16
+    for row in rows.values():
+        assert len(row["classes"]["11point"]) == 20
+        assert all(0 <= ap <= 100 for ap in row["classes"]["11point"])
+    seeds = {label: len(row["retrain"]["values"]) for label, row in rows.items()}
+    closed = {*PAPER[:2], PAPER[-1], PLUGIN[0]}
+    assert seeds == {label: 1 if label in closed else 2 for label in rows}
+    widths = [row["svms"][0]["width"] for row in rows.values()]
+    assert widths == [96, 96, 5, 5, 16, 16, 5, 5, 96, 96, 96]
+    assert {label for label in rows if "deploy" in rows[label]} == {*PAPER[:2], *PLUGIN}
+    assert {label for label in rows if "hr loss" in rows[label]} == {*PAPER[:2], *PLUGIN}
     assert results["versions"]["torch"] == torch.__version__
     report = (out / "report.html").read_text()
     assert "These images are synthetic" in report
-    assert report.count("data:image/png;base64,") == 3
+    assert report.count("data:image/png;base64,") == 4
+    assert "<svg" in report
     assert 'src="http' not in report
     assert sorted(p.name for p in (out / "figures").iterdir()) == [
         "ap_plain.png",
+        "curve.png",
         "pairs.png",
         "tsne.png",
     ]
+    for panel in results["curve"].values():
+        assert list(panel) == [PAPER[0], PAPER[1], PAPER[2], PAPER[6], PAPER[7]]
+        costs = [point["cost"] for point in panel["Baseline-HR"]]
+        at_one = panel["Baseline-HR"][costs.index(1.0)]["map"]["mean"]
+        assert at_one > 0
+    as_they_come = results["curve"]["rows as they come"]["Baseline-HR"][costs.index(1.0)]
+    assert as_they_come["map"]["mean"] == pytest.approx(rows["Baseline-HR"]["retrain"]["mean"])
 
 
-def test_every_method_on_the_same_views(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_train_and_val_of_a_devkit_without_a_test_split(
+    arguments: list[str], devkit: Path, tmp_path: Path
 ) -> None:
-    short = Recipe(epochs=1, batch_size=16, learning_rate=1e-3, optimizer="adamw")
-    for module, name in (("heads", "FEATURES_RECIPE"), ("maps", "BLOCK_RECIPE")):
-        monkeypatch.setattr(f"featxfer_integrations.stages.{module}.{name}", short)
-    monkeypatch.setattr("featxfer_integrations.fit.warn_if_useless", lambda *_: None)
-    monkeypatch.setattr(
-        command, "METHODS", {name: METHODS[name] for name in ("plain", "prototypes", "deep")}
-    )
-    given = ["--methods", "all", "--ap", "area", "--kernel", "bilinear", "--seeds", "1"]
-    done = invoke([*arguments, *given])
+    """VOC2007's official train and val may be judged where its test photographs cannot be had."""
+    import shutil
+
+    shutil.copytree(devkit, tmp_path / "copy")
+    sets = tmp_path / "copy" / "ImageSets" / "Main"
+    for path in list(sets.iterdir()):
+        path.rename(path.with_name(path.name.replace("trainval", "train").replace("test", "val")))
+    given = [*arguments, "--root", str(tmp_path / "copy"), *CHEAP]
+    message = refuse(given)
+    assert "split: no" in message
+    assert "trainval.txt; there is train, val" in message
+    splits = ["--train-split", "train", "--test-split", "val"]
+    done = invoke([*given, *splits])
     assert done.exit_code == 0, done.output
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    mine, papers = results["gap"]["table"], results["table1"]["plain"]
-    assert {"head: prototypes (default)", "deep: blocks and head"} <= set(mine)
-    for one, other in (("HR", "baseline-hr"), ("LR", "baseline-lr")):
-        assert mine[one]["retrain"]["mean"] == pytest.approx(100 * papers[other]["map"]["mean"])
-    assert "deep: blocks and head" in done.stdout
-    assert "deep: blocks and head" in (tmp_path / "out" / "report.html").read_text()
-    message = refuse(arguments, "--methods", "all", "--on-error", "skip")
-    assert "on_error: got 'skip' with methods 'all', wanted 'raise'" in message
+    results = json.loads(done.stdout)
+    assert results["data"]["images"] == {"train": 18, "val": 12}
+    tables = (tmp_path / "out" / "tables.txt").read_text()
+    assert "trained on 'train', judged on 'val', which is not the test set" in tables
+    shared = (sets / "train.txt").read_text().split()[0]
+    (sets / "val.txt").write_text((sets / "val.txt").read_text() + f"{shared}\n")
+    for path in sets.glob("*_val.txt"):
+        path.write_text(f"{path.read_text()}{shared} 1\n")
+    message = refuse([*given, *splits])
+    assert f"1 images of 'val' are in 'train' too, {shared} for one; wanted none" in message
 
 
 def test_the_gap_is_of_the_printed_maps(arguments: list[str], tmp_path: Path) -> None:
-    assert invoke([*arguments, "--no-figures"]).exit_code == 0
-    table = json.loads((tmp_path / "out" / "results.json").read_text())["table1"]["plain"]
-    lr, hr = (table[name]["map"]["mean"] for name in ("baseline-lr", "baseline-hr"))
-    for entry in table.values():
-        if entry["gap_recovered"] is not None:
-            wanted = (entry["map"]["mean"] - lr) / (hr - lr)
-            assert entry["gap_recovered"]["mean"] == pytest.approx(wanted)
-        assert entry["map"]["mean"] == pytest.approx(sum(entry["ap"]) / 20)
+    assert invoke([*arguments, *CHEAP]).exit_code == 0
+    table = json.loads((tmp_path / "out" / "results.json").read_text())["tables"]["plain"]
+    hr, lr = (table[label]["retrain"]["mean"] for label in PAPER[:2])
+    for row in table.values():
+        mean = row["retrain"]["mean"]
+        if hr > lr:
+            wanted = 100 * (mean - lr) / (hr - lr)
+            assert row["retrain gap"]["mean"] == pytest.approx(wanted)
+        assert mean == pytest.approx(sum(row["classes"]["11point"]) / 20)
 
 
-def test_fast_svms_find_what_the_reference_finds(arguments: list[str]) -> None:
+def test_batched_svms_find_what_the_reference_finds(arguments: list[str]) -> None:
     found = {}
-    for svm in ("reference", "fast"):
-        done = invoke([*arguments, "--no-figures", "--json", "--svm", svm])
+    for svm in ("reference", "batched"):
+        done = invoke([*arguments, *CHEAP, "--svm", svm])
         assert done.exit_code == 0, done.output
         found[svm] = json.loads(done.stdout)
         assert found[svm]["config"]["svm"] == svm
-    rows = {svm: results["table1"]["plain"] for svm, results in found.items()}
-    for label in ROWS:
-        maps = [rows[svm][label]["map"]["mean"] for svm in rows]
-        assert maps[0] == pytest.approx(maps[1], abs=2e-4), label
-    kept = [run["fits"] for entry in rows["fast"].values() for run in entry["runs"]]
+    rows = {svm: results["tables"]["plain"] for svm, results in found.items()}
+    for label in [*PAPER, PLUGIN[0]]:
+        maps = [rows[svm][label]["retrain"]["mean"] for svm in rows]
+        assert maps[0] == pytest.approx(maps[1], abs=2e-2), label
+    kept = [run["fits"] for row in rows["batched"].values() for run in row["svms"]]
     assert all(fits > 0 for fits in kept)
-
-
-def test_precision_and_compile_reach_the_features(arguments: list[str]) -> None:
-    found = {}
-    for precision in ("fp32", "bf16"):
-        done = invoke([*arguments, "--no-figures", "--json", "--precision", precision])
-        assert done.exit_code == 0, done.output
-        found[precision] = json.loads(done.stdout)
-        assert found[precision]["config"]["precision"] == precision
-    keys = [results["data"]["feature_keys"]["test"]["hr"] for results in found.values()]
-    assert keys[0] != keys[1]
-    refused = refuse(arguments, "--precision", "fp16")
-    assert "precision: got 'fp16', wanted" in refused
-    assert "compile: got 'maybe', wanted" in refuse(arguments, "--compile", "maybe")
 
 
 def test_heads_trained_at_once_are_those_trained_one_by_one(
@@ -198,7 +208,7 @@ def test_heads_trained_at_once_are_those_trained_one_by_one(
     tables = []
     for jobs in ("1", "2"):
         folders = ["--cache", str(tmp_path / jobs), "--jobs", jobs]
-        done = invoke([*arguments, "--no-figures", "--json", *folders])
+        done = invoke([*arguments, *CHEAP, *folders])
         assert done.exit_code == 0, done.output
         heads = json.loads(done.stdout)["heads"]
         tables.append([run["loss"] for runs in heads.values() for run in runs])
@@ -209,11 +219,13 @@ def test_heads_trained_at_once_are_those_trained_one_by_one(
 def test_a_second_run_computes_nothing(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = invoke([*arguments, "--no-figures", "--json"])
+    given = [*arguments, "--no-figures", "--json"]
+    first = invoke(given)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file()}
-    monkeypatch.setattr(run_module, "train_svms", None)
+    for module, name in ((study, "train_svms"), (fit, "fit_transfer")):
+        monkeypatch.setattr(module, name, None)
     monkeypatch.setattr("featxfer.training.trainer.PseudoLabelTrainer.fit_rows", None)
-    again = invoke([*arguments, "--no-figures", "--json"])
+    again = invoke(given)
     assert again.exit_code == 0, again.output
     one, two = (json.loads(result.stdout) for result in (first, again))
     assert one == two
@@ -225,11 +237,12 @@ def test_interrupted_and_resumed(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     """Ctrl-C in each stage, then the same command: the figures of a run that nothing disturbed."""
-    whole = json.loads(invoke([*arguments, "--no-figures", "--json"]).stdout)
+    given = [*arguments, "--methods", "nearest,head", "--no-figures", "--json"]
+    whole = json.loads(invoke(given).stdout)
     target = {
         "features": "featxfer.features.forward.Forward.__call__",
         "heads": "featxfer.training.trainer.PseudoLabelTrainer._epoch",
-        "svms": "benchmarks.voc2007.run.average_precisions",
+        "svms": "benchmarks.common.study.average_precisions",
     }[stage]
     calls: list[int] = []
     with monkeypatch.context() as patch:
@@ -242,14 +255,15 @@ def test_interrupted_and_resumed(
             return real(*args, **kwargs)
 
         patch.setattr(target, third_time_interrupted)
-        other = [*arguments, "--cache", str(tmp_path / "fresh"), "--no-figures", "--json"]
+        other = [*given, "--cache", str(tmp_path / "fresh")]
         result = invoke(other)
     assert result.exit_code == 130
     assert "Interrupted. What is finished is kept: the same command goes on." in result.output
     resumed = json.loads(invoke(other).stdout)
-    for name in ROWS:
-        one, two = (r["table1"]["plain"][name]["ap"] for r in (whole, resumed))
-        assert one == two, name
+    one, two = (r["tables"]["plain"] for r in (whole, resumed))
+    assert list(one) == [*PAPER[:3], PLUGIN[1]]
+    for label in one:
+        assert one[label]["classes"] == two[label]["classes"], label
 
 
 def _resolve(dotted: str) -> Callable[..., Any]:
@@ -268,23 +282,34 @@ def test_no_image_sets(arguments: list[str], tmp_path: Path) -> None:
     assert "has no ImageSets/Main and JPEGImages, wanted a VOC devkit" in message
 
 
-def test_a_truncated_image_is_named_or_skipped(
-    arguments: list[str], devkit: Path, tmp_path: Path
-) -> None:
+def test_a_truncated_image_is_named(arguments: list[str], devkit: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = tmp_path / "copy"
     shutil.copytree(devkit, copy)
     path = copy / "JPEGImages" / "000020.jpg"
     path.write_bytes(path.read_bytes()[:500])
-    message = refuse(arguments, "--root", str(copy))
-    assert "000020.jpg cannot be read" in message
-    skipping = ["--root", str(copy), "--on-error", "skip", "--no-figures", "--json"]
-    result = invoke([*arguments, *skipping])
-    assert result.exit_code == 0, result.output
-    data = json.loads(result.stdout)["data"]
-    assert data["images"] == {"trainval": 18, "test": 11}
-    assert list(data["skipped"]["test"]) == ["000020"]
+    assert "000020.jpg cannot be read" in refuse(arguments, "--root", str(copy))
+
+
+def test_a_devkit_of_boxes_without_lists_is_told(arguments: list[str], tmp_path: Path) -> None:
+    for name in ("Annotations", "JPEGImages"):
+        (tmp_path / "boxes" / name).mkdir(parents=True)
+    message = refuse(arguments, "--root", str(tmp_path / "boxes"))
+    assert "has no ImageSets/Main" in message
+    assert "wanted a VOC devkit" in message
+
+
+def test_a_split_without_a_positive_of_a_class_is_told(
+    arguments: list[str], devkit: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(devkit, tmp_path / "copy")
+    (path,) = (tmp_path / "copy").rglob("dotted_star_test.txt")
+    path.write_text(path.read_text().replace("  1\n", " -1\n"))
+    message = refuse(arguments, "--root", str(tmp_path / "copy"))
+    assert "class 'dotted_star' has no positive image in 'test'" in message
 
 
 def test_a_missing_image_is_named(arguments: list[str], devkit: Path, tmp_path: Path) -> None:
@@ -307,7 +332,9 @@ def test_a_missing_image_is_named(arguments: list[str], devkit: Path, tmp_path: 
         (["--labels", "soft"], "labels: got 'soft', wanted one of 'nearest', 'paired'"),
         (["--protocol", "libsvm"], "protocol: got 'libsvm', wanted one of 'vissl'"),
         (["--ap", "mean"], "ap: got 'mean', wanted one of '11point', 'area', 'step'"),
-        (["--on-error", "ignore"], "on_error: got 'ignore'"),
+        (["--methods", "nearest,magic"], "got magic, wanted some of nearest, paired"),
+        (["--train-split", "none"], "none.txt; there is test, trainval"),
+        (["--test-split", "trainval"], "18 images of 'trainval' are in 'trainval' too"),
         (
             ["--backbone", "resnet1010"],
             "'resnet1010', which is no model of torchvision or timm; nearest:",
@@ -324,7 +351,7 @@ def test_a_missing_image_is_named(arguments: list[str], devkit: Path, tmp_path: 
             "loss or weights are not finite at epoch",
         ),
         (["--scaling", "max"], "scaling: got 'max', wanted one of 'none', 'l2'"),
-        (["--svm", "slow"], "svm: got 'slow', wanted one of 'reference', 'fast'"),
+        (["--svm", "slow"], "svm: got 'slow', wanted one of 'batched', 'reference'"),
     ],
 )
 def test_bad_input_gets_one_clear_error(

@@ -26,7 +26,7 @@ from featxfer_integrations import (
     host_of,
     transfers_of,
 )
-from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.stages.boxes import BOX_RECIPE, MOST_ROWS, BoxFeatures
 from featxfer_integrations.stages.pyramid import DETECTOR_RECIPE
 

@@ -14,10 +14,9 @@ from benchmarks.common.study import Study
 from featxfer import Degradation, fill_stores
 from featxfer.features.forward import bf16_is_fast
 from featxfer_integrations import host_of, transfers_of
-from featxfer_integrations.hosts.base import black_image
-from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.hosts.base import black_image, find_sites
 from featxfer_integrations.mechanism.attach import attached_sites, host_device
-from featxfer_integrations.mechanism.backbone import backbone_at
+from featxfer_integrations.mechanism.fingerprint import backbone_at
 from featxfer_integrations.mechanism.shown import ShownAt
 from featxfer_integrations.mechanism.suffix import Suffix
 from featxfer_integrations.stages.maps import extract_maps, shown_of

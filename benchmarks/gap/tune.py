@@ -32,7 +32,7 @@ from benchmarks.gap.features import through_blocks
 from benchmarks.gap.methods import block_macs, costs
 from featxfer import BLOCK_RECIPE, FEATURES_RECIPE, FeatureTransferBlock
 from featxfer_integrations import FitOptions, attach_transfer, host_of, transfers_of
-from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.hosts.base import find_sites
 
 HELD_OUT = 0.25
 RECIPES: tuple[tuple[str, Any], ...] = (

@@ -17,7 +17,7 @@ from benchmarks.common.markdown import Column, entry, to_markdown
 from benchmarks.speed.pairs import Way, quartiles, time_pairs
 from featxfer import FeatureTransferBlock, FeatureTransferHead
 from featxfer_integrations import attach_transfer, detach_transfer, host_of
-from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.mechanism.attach import is_attached
 from featxfer_integrations.stages.blocks import block_width
 

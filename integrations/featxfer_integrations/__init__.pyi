@@ -4,8 +4,7 @@ from featxfer_integrations.corruptions import CorruptedDegradation
 from featxfer_integrations.fit import backbone_of, fit_key, fit_transfer
 from featxfer_integrations.hosts import host_of, register_host
 from featxfer_integrations.hosts.base import Host
-from featxfer_integrations.hosts.load import load_backbone, load_model
-from featxfer_integrations.hosts.weights import BackboneError
+from featxfer_integrations.hosts.load import BackboneError, load_backbone, load_model
 from featxfer_integrations.mechanism.attach import transfer_disabled, transfers_of
 from featxfer_integrations.mechanism.proof import attached_runs
 from featxfer_integrations.mechanism.site import AttachError, Site

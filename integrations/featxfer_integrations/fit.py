@@ -32,14 +32,14 @@ from featxfer.features.backbone import sha256_of
 from featxfer.modules.base import TransferModule
 from featxfer.views.images import ImageSource
 from featxfer_integrations.hosts import host_of
-from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.mechanism.attach import (
     attached_at,
     attached_sites,
     check_host,
     install,
 )
-from featxfer_integrations.mechanism.backbone import backbone_at
+from featxfer_integrations.mechanism.fingerprint import backbone_at
 from featxfer_integrations.mechanism.site import Site
 from featxfer_integrations.options import FitOptions
 from featxfer_integrations.plan import Targets, plan

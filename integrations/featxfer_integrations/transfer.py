@@ -33,19 +33,8 @@ from featxfer.modules.artifact import check_fit
 from featxfer.modules.base import TransferModule
 from featxfer.modules.hub import find_files
 from featxfer_integrations.hosts import host_of
-from featxfer_integrations.hosts.base import Host
-from featxfer_integrations.hosts.find import find_sites
-from featxfer_integrations.mechanism.attach import (
-    attached_at,
-    attached_sites,
-    check_host,
-    gives_clusters,
-    host_device,
-    install,
-    is_attached,
-    remove_all,
-    transfers_of,
-)
+from featxfer_integrations.hosts.base import Host, find_sites
+from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.fingerprint import check_weights
 from featxfer_integrations.mechanism.site import AttachError, Site
 
@@ -94,7 +83,7 @@ def attach_transfer(
         ArtifactError: a saved module that is damaged, of another width or for another backbone.
         FileNotFoundError: no such folder or hub id.
     """
-    check_host(model)
+    attach.check_host(model)
     _check_arguments(head, output, hidden_features, dtype)
     host = host_of(model)
     given = head if isinstance(head, TransferModule | None) else load_head(find_files(head))[0]
@@ -105,11 +94,10 @@ def attach_transfer(
         modules = _new_modules(host, model, sites, output, hidden_features)
     else:
         _check_given(host, model, sites, given, "head" if given is head else str(head))
-        _warn_of_degradation(given, degradation)
-        _warn_of_blocks(model, given)
+        _warn(model, given, degradation)
         modules = [given]
     for place, module in zip(sites, modules, strict=True):
-        install(model, place, module, dtype)
+        attach.install(model, place, module, dtype)
     return model
 
 
@@ -127,21 +115,21 @@ def _new_modules(
     for site in sites:
         if hidden is not None:
             named["hidden_channels" if site.is_block else "hidden_features"] = hidden
-        with host_device(model):
+        with attach.host_device(model):
             modules.append(site.module_class(**site.sizes, **named))
     return modules
 
 
 def _check_free(model: nn.Module, sites: list[Site]) -> None:
     """Raises `AttachError` for a site that is taken, or a method of the instance's own."""
-    taken = [site.name for site in sites if attached_at(model, site) is not None]
+    taken = [site.name for site in sites if attach.attached_at(model, site) is not None]
     if taken:
         raise AttachError(
             f"model: something is attached at {', '.join(map(repr, taken))} already; "
             "detach_transfer first"
         )
     own = [name for site in sites for name in site.methods if name in vars(model)]
-    if own and not is_attached(model):
+    if own and not attach.is_attached(model):
         raise AttachError(
             f"model: it has a {own[0]} of its own on this instance, which what is attached would "
             "pass by; wanted a model without"
@@ -159,7 +147,7 @@ def _check_given(
     if not isinstance(module, site.module_class):
         wanted = site.module_class.kind
         raise AttachError(f"{source}: got a {module.kind}, wanted a {wanted} at {site.name!r}")
-    if gives_clusters(module):
+    if attach.gives_clusters(module):
         _refuse_clusters(host, model, site, source)
     branch = _details(module).get("branch")
     if branch not in (None, site.branch):
@@ -191,7 +179,7 @@ def save_transfers(model: nn.Module, folder: str | Path) -> Path:
     `load_transfers` would attach besides, and as `save_pretrained` of each: `ValueError` for what
     has no card, `DiskError`.
     """
-    transfers = transfers_of(model)
+    transfers = attach.transfers_of(model)
     earlier = sorted(path.parent.name for path in Path(folder).glob("*/card.json"))
     others = [name for name in earlier if name not in transfers]
     if others:
@@ -199,12 +187,13 @@ def save_transfers(model: nn.Module, folder: str | Path) -> Path:
             f"folder: {folder} holds what an earlier save had attached at {', '.join(others)}; "
             "wanted a folder without it"
         )
-    cards = {name: transfers[name].card for name in transfers}
-    for name, card in cards.items():
+    cards = {}
+    for name in transfers:
+        card = transfers[name].card
         if card is None:
             raise ValueError(f"model: what is attached at {name!r} has no card; train it first")
+        cards[name] = card
     for name, card in cards.items():
-        assert card is not None
         save_head(transfers[name], Path(folder) / name, card)
     return Path(folder)
 
@@ -224,8 +213,8 @@ def load_transfers(
         FileNotFoundError: nothing is saved there.
         ArtifactError: as `attach_transfer`.
     """
-    check_host(model)
-    if is_attached(model):
+    attach.check_host(model)
+    if attach.is_attached(model):
         raise AttachError("model: something is attached already; detach_transfer first")
     parts = sorted(path.parent for path in Path(folder).glob("*/card.json"))
     if not parts:
@@ -234,15 +223,12 @@ def load_transfers(
     modules.sort(key=lambda module: bool(_details(module).get("after")))
     try:
         for module in modules:
-            named = {
-                name: _details(module)[name]
-                for name in ("site", "branch")
-                if name in (_details(module))
-            }
+            details = _details(module)
+            named = {name: details[name] for name in ("site", "branch") if name in details}
             attach_transfer(model, module, degradation=degradation, **named)
     except Exception:
-        if is_attached(model):
-            remove_all(model)
+        if attach.is_attached(model):
+            attach.uninstall(model)
         raise
     return model
 
@@ -256,7 +242,7 @@ def detach_transfer(model: M) -> M:
 
     Raises `AttachError` if nothing is attached.
     """
-    remove_all(model)
+    attach.uninstall(model)
     return model
 
 
@@ -267,7 +253,7 @@ def train_transfer_only(model: nn.Module) -> list[nn.Parameter]:
     attached is in training mode and does. `model.train()` would undo the first. Raises
     `AttachError` if nothing is attached.
     """
-    transfers = transfers_of(model)
+    transfers = attach.transfers_of(model)
     model.eval().requires_grad_(False)
     transfers.train().requires_grad_(True)
     return list(transfers.parameters())
@@ -285,25 +271,20 @@ def _check_arguments(head: object, output: str | None, hidden: int | None, dtype
         raise TypeError(f"dtype: got {dtype!r}, wanted a floating-point torch.dtype")
 
 
-def _warn_of_blocks(model: nn.Module, module: TransferModule) -> None:
-    """Warns where a head was trained on what comes through blocks that are not attached."""
-    known = {site.name for site in attached_sites(model)}
+def _warn(model: nn.Module, module: TransferModule, degradation: BaseDegradation | None) -> None:
+    """Warns of images of other degradations, and of blocks that are not there, than in training."""
+    trained = () if module.card is None else module.card.degradations
+    if trained and degradation not in (None, *trained):
+        told = ", ".join(view.to_json() for view in trained)
+        warnings.warn(
+            f"degradation: the {module.kind} was trained on {told}, "
+            f"the images are {degradation.to_json() if degradation else None}",
+            stacklevel=3,
+        )
+    known = {site.name for site in attach.attached_sites(model)}
     missing = [name for name in _details(module).get("after", []) if name not in known]
     if missing:
         warnings.warn(
             f"head: it was trained behind blocks at {', '.join(missing)}, which are not attached",
             stacklevel=3,
         )
-
-
-def _warn_of_degradation(module: TransferModule, degradation: BaseDegradation | None) -> None:
-    if module.card is None or not module.card.degradations:
-        return
-    if degradation in (None, *module.card.degradations):
-        return
-    trained = ", ".join(d.to_json() for d in module.card.degradations)
-    warnings.warn(
-        f"degradation: the {module.kind} was trained on {trained}, "
-        f"the images are {degradation.to_json() if degradation else None}",
-        stacklevel=3,
-    )

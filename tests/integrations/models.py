@@ -13,7 +13,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from featxfer_integrations import Site, host_of, transfers_of
-from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.hosts.base import find_sites
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 
 from torch import nn
@@ -36,10 +37,6 @@ def host_of(model: nn.Module) -> Host:
 
     A built-in host is imported where its library has been, as that of a model has.
     """
-    for host in _REGISTERED:
-        if host.owns(model):
-            return host
-    for module, library in _BUILT_IN.items():
-        if library in sys.modules and host_named(module).owns(model):
-            return host_named(module)
-    return Host()
+    modules = (module for module, library in _BUILT_IN.items() if library in sys.modules)
+    hosts = itertools.chain(_REGISTERED, map(host_named, modules))
+    return next((host for host in hosts if host.owns(model)), Host())

@@ -1,9 +1,9 @@
-"""Host: what is known of a library's models, and what holds of any model."""
+"""Host: what is known of a library's models, and what holds of any model; sites by their names."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,20 +13,16 @@ from torch import Tensor, nn
 from featxfer import BaseDegradation, Degradation, Preprocessing
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts.batch import Batch, Sampler
-from featxfer_integrations.mechanism.attach import host_parameter
-from featxfer_integrations.mechanism.capture import (
-    in_dtype,
-    no_tensor,
-    passed,
-    plain,
-    take_feature,
-    watched,
-)
+from featxfer_integrations.mechanism import capture
+from featxfer_integrations.mechanism.attach import attached_at, host_device, transfers_of
 from featxfer_integrations.mechanism.shown import Shown
 from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module_site, no_site
 
 INPUT_SIZE = 224
 """Side of an image where a model does not say its own, in pixels."""
+
+REDUCTIONS = (16, 32)
+"""Blocks of classifiers go where a stage ends whose maps are so many times less than the image."""
 
 LR_SIZE = 32
 """Side of the small image by default, pixels; less where the model's own images are smaller."""
@@ -101,15 +97,12 @@ class Host:
             if not names:
                 raise no_site(model, f"site: {type(model).__name__} names no stage of maps")
             return [self.after(model, inner, kind="block") for inner in names]
-        number = name.removeprefix("stage")
-        stages = self.stages(model) if number != name and number.isdecimal() else []
-        if stages and name not in dict(model.named_modules()):
-            if int(number) >= len(stages):
-                known = ", ".join(f"stage{i} = {module}" for i, module in enumerate(stages))
-                raise AttachError(
-                    f"site: {type(model).__name__} has no {name}; it has {known or 'none'}"
-                )
-            name = stages[int(number)]
+        if re.fullmatch(r"stage\d+", name) and name not in dict(model.named_modules()):
+            stages = {f"stage{i}": inner for i, inner in enumerate(self.stages(model))}
+            if stages and name not in stages:
+                known = ", ".join(f"{stage} = {inner}" for stage, inner in stages.items())
+                raise AttachError(f"site: {type(model).__name__} has no {name}; it has {known}")
+            name = stages.get(name, name)
         return [self.after(model, name)]
 
     def after(self, model: Any, name: str, kind: str | None = None) -> Site:
@@ -117,8 +110,38 @@ class Host:
         return module_site(model, name, kind=kind, prefix=self.prefix_tokens(model))
 
     def behind(self, model: Any, site: Site) -> tuple[str, ...]:
-        """Names of the modules that what is trained at a site does not hang on."""
-        return runs_behind(self, model, site)
+        """Names of the modules that what is trained at a site does not hang on.
+
+        Those that run once it has been reached; the inputs alone where the model does not run that
+        far on a black image. A module that is not called itself goes with the one around it.
+        """
+        begun: set[str] = set()
+        running: set[str] = set()
+        reached = False
+
+        def begin(name: str, _: object) -> None:
+            nonlocal reached
+            reached = reached or (site.side == "input" and name in site.modules)
+            if not reached:
+                begun.add(name)
+                running.add(name)
+
+        def end(name: str, _: object) -> None:
+            nonlocal reached
+            if not reached:
+                running.discard(name)
+                reached = site.side == "output" and name in site.modules
+
+        names = [name for name, _ in model.named_modules()]
+        image = self.image(model)
+        try:
+            with capture.watched(model, names, before=begin, after=end), frozen(model):
+                capture.take_feature(model, site, image)
+        except Exception:  # whatever a foreign model raises
+            if not reached:
+                return site.modules if site.side == "input" else ()
+        behind = (name for name in names if name and name not in begun)
+        return tuple(name for name in behind if name.rpartition(".")[0] in running)
 
     def answers(self, model: Any, batch: Any) -> Any:
         """What the model says of a batch, by which it is told whether a module acts."""
@@ -126,9 +149,8 @@ class Host:
 
     def batch(self, model: Any, images: Sequence[Tensor], preprocessing: Preprocessing) -> Batch:
         """Images, uint8 `(3, h, w)`, as the model takes them."""
-        like = host_parameter(model)
-        pixels = torch.stack(list(images)).to("cpu" if like is None else like.device)
-        return Batch(in_dtype(model, preprocessing(pixels)))
+        pixels = torch.stack(list(images)).to(host_device(model))
+        return Batch(capture.in_dtype(model, preprocessing(pixels)))
 
     def show(self, model: Any, batch: Batch) -> Shown:
         """Of a detector: what its heads see of a batch, the maps and the features of boxes."""
@@ -161,19 +183,17 @@ class Host:
     def measured(self, model: Any, site: Site, image: Tensor | None = None) -> Site:
         """The site with its lens, width, layout and extent, from a run on a square image.
 
-        Where that does not tell where channels are, a run on an image twice as large does.
-
-        Raises:
-            ProbeError: the model does not run on the image.
-            AttachError: no feature passes there, or neither run tells its layout.
+        Where that does not tell where channels are, a run on an image twice as large does. Raises
+        `ProbeError` where the model does not run on the image, `AttachError` where no feature
+        passes, or neither run tells its layout.
         """
         image = self.image(model) if image is None else image
         try:
-            with frozen(model), plain(model):
-                value = passed(model, site, image)
+            with frozen(model), capture.plain(model):
+                value = capture.passed(model, site, image)
             inside = Lens.found(value)
             if inside is None:
-                raise no_tensor(site)
+                raise capture.no_tensor(site)
             shape = tuple(inside.get(value).shape)
             site = replace(site, lens=Lens((*site.lens.path, *inside.path)))
         except AttachError:
@@ -183,9 +203,10 @@ class Host:
         height, width = image.shape[2:]
         found = site.shaped(shape, sides=(height, width))
         if found is None:
+            double = image.repeat(1, 1, 2, 2)
             try:
                 with frozen(model):
-                    larger = tuple(take_feature(model, site, image.repeat(1, 1, 2, 2)).shape)
+                    larger = tuple(capture.take_feature(model, site, double).shape)
             except Exception:  # whatever a foreign model raises at a size that is not its own
                 larger = shape
             found = site.shaped(shape, larger)
@@ -219,11 +240,20 @@ def input_channels(model: nn.Module) -> int:
     return channels if channels % 3 else 3
 
 
+def input_width(module: nn.Module) -> int | None:
+    """Features that the first linear layer or convolution in a module takes; None without one."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            return layer.in_features
+        if isinstance(layer, nn.Conv2d):
+            return layer.in_channels
+    return None
+
+
 def black_image(model: nn.Module, height: int, width: int) -> Tensor:
     """An image `(1, c, height, width)` of zeros, on the model's device and in its dtype."""
-    image = torch.zeros(1, input_channels(model), height, width, device="cpu")
-    like = host_parameter(model)
-    return image if like is None else image.to(like.device, like.dtype)
+    shape = (1, input_channels(model), height, width)
+    return capture.in_dtype(model, torch.zeros(shape, device=host_device(model)))
 
 
 def said_sides(model: nn.Module) -> tuple[int, int] | None:
@@ -245,48 +275,56 @@ def said_side(model: nn.Module) -> int | None:
     return None if sides is None else sides[0]
 
 
-def classifiers_behind(host: Host, model: nn.Module, site: Site) -> tuple[str, ...]:
+def classifiers_behind(host: Host, model: Any, site: Site) -> tuple[str, ...]:
     """The classifiers of a model that has a head's site, or none; what `Host.behind` may be."""
-    if site.side != "input":
-        with suppress(AttachError):
-            return host.head(model).modules
-    return site.modules if site.side == "input" else ()
-
-
-def runs_behind(host: Host, model: nn.Module, site: Site) -> tuple[str, ...]:
-    """Names of modules of any model that run once the site has been reached.
-
-    The inputs alone where the model does not run that far on a black image. Weights of a module
-    that is not called itself count as those of the module around it.
-    """
-    begun: set[str] = set()
-    running: set[str] = set()
-    reached: set[str] | None = None
-
-    def begin(name: str, _: object) -> None:
-        nonlocal reached
-        if reached is None and site.side == "input" and name in site.modules:
-            reached = set(running)
-        if reached is None:
-            begun.add(name)
-            running.add(name)
-
-    def end(name: str, _: object) -> None:
-        nonlocal reached
-        if reached is None:
-            running.discard(name)
-            if site.side == "output" and name in site.modules:
-                reached = set(running)
-
-    names = [name for name, _ in model.named_modules()]
-    image = host.image(model)
+    if site.side == "input":
+        return site.modules
     try:
-        with watched(model, names, before=begin, after=end), frozen(model):
-            take_feature(model, site, image)
-    except Exception:  # whatever a foreign model raises
-        if reached is None:
-            return site.modules if site.side == "input" else ()
-    around = running if reached is None else reached
-    return tuple(
-        name for name in names if name and name not in begun and name.rpartition(".")[0] in around
-    )
+        return host.head(model).modules
+    except AttachError:
+        return ()
+
+
+def find_sites(
+    host: Host,
+    model: nn.Module,
+    name: str | None = None,
+    branch: str = "class",
+    *,
+    kind: str | None = None,
+    width: int | None = None,
+    image: Tensor | None = None,
+) -> list[Site]:
+    """The sites that a name stands for, with widths and layouts; errors as of `attach_transfer`.
+
+    The model is run on `image`, by default a black one, where it does not say them. `kind` is
+    "head" or "block", what is to be put there, by default by what passes; `width` the feature's,
+    where that is known.
+    """
+    if not isinstance(name, str | None):
+        raise TypeError(f"site: got {name!r}, wanted a name")
+    found, known_modules = [], dict(model.named_modules())
+    for site in host.sites(model, host.site if name is None else name, branch):
+        missing = [module for module in site.modules if module not in known_modules]
+        if missing:
+            raise AttachError(
+                f"site: host {host.name!r} has {site.name!r} at {missing[0]!r}, which is no module "
+                f"of this {type(model).__name__}"
+            )
+        if attached_at(model, site) is not None:
+            site = transfers_of(model).sites[site.name]
+        is_told = site.width is not None and (site.layout is not None or site.kind == "head")
+        if not is_told or (image is not None and not site.repeats):
+            try:
+                site = host.measured(model, site, image)
+            except ProbeError:
+                if width is None:
+                    raise
+                site = replace(site, width=width, kind=site.kind or "head")
+        if width not in (None, site.width):
+            raise ValueError(f"in_features: got {width}, the model says {site.width}")
+        chosen = kind
+        if kind is None or site.kind is not None or (kind == "block" and site.layout == "rows"):
+            chosen = "block" if site.is_block else "head"
+        found.append(replace(site, kind=chosen))
+    return found

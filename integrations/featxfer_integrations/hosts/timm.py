@@ -4,40 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from featxfer import Backbone, Preprocessing
-from featxfer_integrations.hosts.base import Host, classifiers_behind, said_side
-from featxfer_integrations.hosts.weights import (
-    BackboneError,
-    load_by_name,
-    load_demo,
-    read_state_dict,
-)
-from featxfer_integrations.mechanism.attach import (
-    gives_clusters,
-    hook_modules,
-    transfers_of,
-    unhook_modules,
-)
+from featxfer import Preprocessing
+from featxfer_integrations.hosts import base
+from featxfer_integrations.hosts.load import BackboneError
+from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.site import AttachError, Site
-
-REDUCTIONS = (16, 32)
-"""Blocks go where a stage ends whose maps are so many times smaller than the image."""
 
 ISOTROPIC = 6
 """From so many entries of one resolution on, blocks go after a third and two thirds of them."""
 
 
-class Timm(Host):
+class Timm(base.Host):
     """timm's models."""
 
     name = "timm"
+    behind = base.classifiers_behind
 
     def owns(self, model: nn.Module) -> bool:
         """Whether its class, or a base of it, is timm's."""
@@ -59,7 +46,7 @@ class Timm(Host):
 
     def input_size(self, model: Any) -> int:
         """The model's own, or that of its weights."""
-        return said_side(model) or int(resolve_model_data_config(model)["input_size"][-1])
+        return base.said_side(model) or int(resolve_model_data_config(model)["input_size"][-1])
 
     def head(self, model: Any) -> Site:
         """Before `get_classifier()` and after `forward_head(pre_logits=True)`.
@@ -72,7 +59,7 @@ class Timm(Host):
                 "whose output is the feature, or a stage, by site="
             )
         classifiers = _classifiers(model)
-        widths = {_input_width(module) for module in classifiers.values()} - {None}
+        widths = {base.input_width(module) for module in classifiers.values()} - {None}
         if len(widths) > 1:
             raise AttachError(
                 f"model: the classifiers of timm's {type(model).__name__} take features of several "
@@ -102,15 +89,11 @@ class Timm(Host):
         last = {entry.get("reduction"): str(entry["module"]) for entry in entries}
         if len(last) == 1 and len(entries) >= ISOTROPIC:
             return [str(entries[i * len(entries) // 3 - 1]["module"]) for i in (1, 2)]
-        return [last[reduction] for reduction in REDUCTIONS if reduction in last]
+        return [last[reduction] for reduction in base.REDUCTIONS if reduction in last]
 
     def prefix_tokens(self, model: Any) -> int:
         """Class and register tokens."""
         return int(getattr(model, "num_prefix_tokens", 0))
-
-    def behind(self, model: Any, site: Site) -> tuple[str, ...]:
-        """The classifiers."""
-        return classifiers_behind(self, model, site)
 
     def model_names(self) -> Iterable[str]:
         """All of timm's model names, without weights' tags."""
@@ -120,22 +103,31 @@ class Timm(Host):
         """Whether timm has it; a weights' tag may follow a dot."""
         return bool(timm.is_model(name.split(".")[0]))
 
-    def load(self, name: str, weights: str | Path) -> Backbone:
-        """The model with its classifier reset: it returns the pooled, pre-logits feature."""
-        model: Any = _load(name, weights, with_classifier=False)
-        model.reset_classifier(0)
-        return Backbone(
-            model.eval(),
-            self.preprocessing(model),
-            f"timm/{name}",
-            str(weights),
-            f"timm {timm.__version__}",
-            self.input_size(model),
-        )
+    def create(self, name: str, *, pretrained: bool) -> nn.Module:
+        """A model of that name; `BackboneError` where that fails."""
+        try:
+            model: nn.Module = timm.create_model(name, pretrained=pretrained)
+        except Exception as error:  # hub, network and file errors of many kinds
+            raise BackboneError(
+                f"weights: timm's {name} could not be made: {error}; "
+                "pass a local file where its hub cannot be reached"
+            ) from error
+        return model
 
-    def load_model(self, name: str, weights: str | Path) -> nn.Module:
-        """The model with its classifier, in eval mode."""
-        return _load(name, weights, with_classifier=True).eval()
+    def classifier(self, model: Any) -> str:
+        """The classifier's module name; of a distilled model, with two, what both begin with."""
+        classifier = model.pretrained_cfg.get("classifier")
+        if classifier is None:
+            raise BackboneError(f"backbone: {self.model_name(model)} names no classifier")
+        return str(classifier if isinstance(classifier, str) else classifier[0])
+
+    def remove_classifier(self, model: Any) -> None:
+        """The model returns the pooled, pre-logits feature."""
+        model.reset_classifier(0)
+
+    def for_weights(self, model: Any, name: str) -> tuple[Preprocessing, int]:
+        """Preprocessing and input size of the weights: the model knows them."""
+        return self.preprocessing(model), self.input_size(model)
 
 
 HOST = Timm()
@@ -174,15 +166,6 @@ def _without_pooling(model: Any, found: nn.Module) -> nn.Module:
     return layer
 
 
-def _input_width(classifier: nn.Module) -> int | None:
-    for layer in classifier.modules():
-        if isinstance(layer, nn.Linear):
-            return int(layer.in_features)
-        if isinstance(layer, nn.Conv2d):
-            return int(layer.in_channels)
-    return None
-
-
 def _pre_logits(model: Any, images: Tensor) -> Tensor:
     feature: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
     return feature
@@ -192,7 +175,7 @@ def _forward_head(model: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """In place of the model's own: pre-logits and headless results are transferred."""
     result = type(model).forward_head(model, x, *args, **kwargs)
     pre_logits = args[0] if args else kwargs.get("pre_logits", False)
-    transfers = transfers_of(model)
+    transfers = attach.transfers_of(model)
     if pre_logits or not transfers.sites["head"].modules:
         return transfers.transfer("head", result)
     return result
@@ -203,8 +186,8 @@ def _reset_classifier(model: Any, num_classes: int, *args: Any, **kwargs: Any) -
 
     Where the model refuses, or the head does not fit the new classifiers, it is left headless.
     """
-    head = transfers_of(model)["head"]
-    if num_classes and gives_clusters(head):
+    head = attach.transfers_of(model)["head"]
+    if num_classes and attach.gives_clusters(head):
         raise AttachError(
             f"reset_classifier: timm's classifiers take {head.in_features} features, the attached "
             f"head gives {head.out_features} cluster logits; put a layer of your own on them, or "
@@ -212,7 +195,7 @@ def _reset_classifier(model: Any, num_classes: int, *args: Any, **kwargs: Any) -
         )
     pooling = getattr(model, "global_pool", None)
     pooling = pooling if isinstance(pooling, str) else getattr(pooling, "pool_type", None)
-    unhook_modules(model, "head")
+    attach.unhook_modules(model, "head")
     try:
         type(model).reset_classifier(model, num_classes, *args, **kwargs)
         site = HOST.head(model)
@@ -221,37 +204,8 @@ def _reset_classifier(model: Any, num_classes: int, *args: Any, **kwargs: Any) -
                 f"reset_classifier: the new classifier takes {site.width} features, the attached "
                 f"head gives {head.in_features}; detach_transfer first"
             )
-        hook_modules(model, site)
+        attach.hook_modules(model, site)
     except Exception:
         type(model).reset_classifier(model, 0, pooling)
-        hook_modules(model, HOST.head(model))
+        attach.hook_modules(model, HOST.head(model))
         raise
-
-
-def _load(name: str, weights: str | Path, *, with_classifier: bool) -> nn.Module:
-    model = _create(name, pretrained=weights == "pretrained")
-    if weights == "demo":
-        load_demo(model, name)
-    elif weights not in ("pretrained", "random"):
-        left_out = "" if with_classifier else _classifier(model, name)
-        load_by_name(model, read_state_dict(Path(weights)), left_out)
-    return model
-
-
-def _create(name: str, *, pretrained: bool) -> nn.Module:
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained)
-    except Exception as error:  # hub, network and file errors of many kinds
-        raise BackboneError(
-            f"weights: timm's {name} could not be made: {error}; "
-            "pass a local file where its hub cannot be reached"
-        ) from error
-    return model
-
-
-def _classifier(model: Any, name: str) -> str:
-    """The classifier's module name; of a distilled model, with two, what both begin with."""
-    classifier = model.pretrained_cfg.get("classifier")
-    if classifier is None:
-        raise BackboneError(f"backbone: timm's {name} names no classifier")
-    return str(classifier if isinstance(classifier, str) else classifier[0])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Container, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOS
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -18,26 +16,10 @@ from torchvision.ops import FeaturePyramidNetwork
 from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
 from featxfer.checks import check_choice
 from featxfer.features.backbone import frozen
-from featxfer_integrations.hosts.base import Host, black_image
-from featxfer_integrations.hosts.batch import Batch, Sampler
-from featxfer_integrations.hosts.torchvision_boxes import (
-    TOWERS,
-    BoxSampler,
-    PositionSampler,
-    propose_boxes,
-    show_heads,
-    transformed,
-)
+from featxfer_integrations.hosts.base import black_image
+from featxfer_integrations.hosts.torchvision_boxes import TOWERS, DetectorHost
 from featxfer_integrations.mechanism.capture import watched
-from featxfer_integrations.mechanism.shown import Shown
-from featxfer_integrations.mechanism.site import (
-    CHILD,
-    AttachError,
-    Lens,
-    Site,
-    module_site,
-    no_site,
-)
+from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module_site, no_site
 
 BRANCHES = ("class", "both")
 """Of the predictor: what a head at `site="boxes"` acts on."""
@@ -49,13 +31,11 @@ INPUT_SIZE = 256
 """Side of the image that a backbone is tried on, in pixels, where the detector has no fixed one."""
 
 
-class TorchvisionDetection(Host):
+class TorchvisionDetection(DetectorHost):
     """torchvision's detectors, and those made by hand of their classes."""
 
     name = "torchvision detection"
     site = "boxes"
-    degradation = ScaledDegradation
-    detects = True
 
     def owns(self, model: nn.Module) -> bool:
         """Whether it is one of torchvision's four kinds of detectors."""
@@ -91,24 +71,18 @@ class TorchvisionDetection(Host):
     def sites(self, model: Any, name: str, branch: str = "class") -> list[Site]:
         """What "boxes", "backbone", "fpn", one of their sites, a stage or a module stands for.
 
-        Raises:
-            AttachError: the detector has no such site; candidates are listed.
-            ValueError: another branch, or one where there is none.
+        Raises `AttachError` with candidates for another name, `ValueError` for such a branch.
         """
         check_choice("branch", branch, BRANCHES)
         if name.startswith("boxes_regression"):
             branch = "both"
         if branch != "class" and not name.startswith("boxes"):
             raise ValueError(f"branch: got {branch!r}, which is for site='boxes', not {name!r}")
-        if name == "boxes":
-            return box_sites(model, branch)
         if name in ("backbone", "blocks"):
             return [self.after(model, inner, kind="block") for inner in self.blocks(model)]
-        if name == "fpn":
-            return _level_sites(model)
         named = box_sites(model, branch) if name.startswith("boxes") else []
         named += _level_sites(model) if name.startswith("fpn") else []
-        found = [site for site in named if site.name == name]
+        found = [site for site in named if name in ("boxes", "fpn", site.name)]
         if not found and not name.startswith("stage") and name not in dict(model.named_modules()):
             wanted = "'boxes', 'backbone', 'fpn', one of their sites or the name of a module"
             raise no_site(model, f"site: got {name!r}, wanted {wanted}")
@@ -117,8 +91,8 @@ class TorchvisionDetection(Host):
     def after(self, model: Any, name: str, kind: str | None = None) -> Site:
         """After a module; what is in the backbone is found by running that alone."""
         inside = name.startswith("backbone.")
-        site = module_site(model, name, kind=kind, run=run_backbone if inside else None)
-        return replace(site, repeats=not inside)
+        run = run_backbone if inside else None
+        return module_site(model, name, kind=kind, run=run, repeats=not inside)
 
     def stages(self, model: Any) -> list[str]:
         """The last module of the backbone of each resolution, from the highest one."""
@@ -137,8 +111,7 @@ class TorchvisionDetection(Host):
     def behind(self, model: Any, site: Site) -> tuple[str, ...]:
         """All but the backbone for what is in it; else the predictors, and heads of other kinds."""
         if all(name.startswith("backbone") for name in site.modules):
-            names = (name for name, _ in model.named_children())
-            return tuple(name for name in names if name not in ("backbone", CHILD))
+            return tuple(name for name, _ in model.named_children() if name != "backbone")
         if isinstance(model, GeneralizedRCNN):
             heads = model.get_submodule("roi_heads").named_children()
             before = ("box_roi_pool", "box_head")
@@ -155,30 +128,6 @@ class TorchvisionDetection(Host):
             said.append(model(list(batch)))
         return said
 
-    def batch(self, model: Any, images: Sequence[Tensor], preprocessing: Preprocessing) -> Batch:
-        """Images as the detector's own transform gives them to its backbone."""
-        return transformed(model, images)
-
-    def show(self, model: Any, batch: Batch) -> Shown:
-        """The pyramid's maps, and the features of the batch's boxes, if there are any."""
-        return show_heads(model, batch)
-
-    def proposes(self, model: Any) -> bool:
-        """R-CNNs do."""
-        return isinstance(model, GeneralizedRCNN)
-
-    def propose(
-        self, model: Any, batch: Batch, shown: Shown, count: int, chance: torch.Generator
-    ) -> Tensor:
-        """Boxes of those proposed, half of them balanced by their classes."""
-        return propose_boxes(model, batch, shown.maps, count, chance)
-
-    def sampler(self, model: Any, sites: Sequence[Site], per_image: int) -> Sampler:
-        """Boxes of R-CNNs, positions of others."""
-        if isinstance(model, GeneralizedRCNN):
-            return BoxSampler(model, sites, per_image)
-        return PositionSampler(model, sites, box_sites(model), per_image)
-
 
 HOST = TorchvisionDetection()
 
@@ -192,12 +141,11 @@ def box_sites(model: nn.Module, branch: str = "class") -> list[Site]:
     """
     if isinstance(model, GeneralizedRCNN):
         return [_roi_site(model, branch)]
-    towers = dict(list(TOWERS.items())[: 1 if branch == "class" else 2])
-    return [
-        replace(site, branch=branch)
-        for name, tower in towers.items()
-        for site in _dense_sites(model, name, tower)
-    ]
+    sites: list[Site] = []
+    for name, tower in TOWERS.items():
+        if branch == "both" or name == "boxes_class":
+            sites += _dense_sites(model, name, f"head.{tower}", branch)
+    return sites
 
 
 def _roi_site(model: nn.Module, branch: str) -> Site:
@@ -211,52 +159,43 @@ def _roi_site(model: nn.Module, branch: str) -> Site:
             "name the module whose output is the boxes' feature by site=",
         )
     if branch == "class":
-        return _head_site("boxes", scores.in_features, ("roi_heads.box_predictor.cls_score",))
+        classes = ("roi_heads.box_predictor.cls_score",)
+        return _head_site("boxes", classes, scores.in_features, branch)
     if "roi_heads.box_head" not in modules:
         raise no_site(model, "branch: no module roi_heads.box_head, which 'both' goes after")
-    site = _head_site("boxes", scores.in_features, ("roi_heads.box_head",))
-    return replace(site, side="output", branch=branch)
+    return _head_site("boxes", ("roi_heads.box_head",), scores.in_features, branch, "output")
 
 
-def _dense_sites(model: nn.Module, name: str, tower: str) -> Iterator[Site]:
+def _dense_sites(model: nn.Module, name: str, path: str, branch: str) -> Iterator[Site]:
     """Before the last convolutions of a tower, a place for each level that has its own."""
-    path = f"head.{tower}"
     modules = dict(model.named_modules())
     if path not in modules:
         raise no_site(model, f"model: wanted a module {path}; name another by site=")
     levels = modules.get(f"{path}.module_list")
     if levels is not None:
         for level, layers in levels.named_children():
-            last = [n for n, layer in layers.named_modules() if isinstance(layer, nn.Conv2d)][-1]
-            inner = f"{path}.module_list.{level}" + (f".{last}" if last else "")
-            yield _head_site(f"{name}{level}", _channels(modules[inner]), (inner,))
+            inner = layers.named_modules(prefix=f"{path}.module_list.{level}")
+            *_, (last, layer) = ((n, m) for n, m in inner if isinstance(m, nn.Conv2d))
+            yield _head_site(f"{name}{level}", (last,), layer.in_channels, branch)
         return
-    last = [n for n, layer in modules[path].named_children() if isinstance(layer, nn.Conv2d)]
-    if not last:
+    children = modules[path].named_children()
+    widths = {f"{path}.{n}": m.in_channels for n, m in children if isinstance(m, nn.Conv2d)}
+    if not widths:
         raise no_site(model, f"model: {path} ends in no convolution; name a module by site=")
-    inputs = tuple(f"{path}.{layer}" for layer in last)
-    yield _head_site(name, _channels(modules[inputs[0]]), inputs)
+    yield _head_site(name, tuple(widths), next(iter(widths.values())), branch)
 
 
-def _head_site(name: str, width: int, modules: tuple[str, ...]) -> Site:
-    return Site(
-        name, modules, "input", width, kind="head", asked=name, branch="class", repeats=True
-    )
-
-
-def _channels(layer: nn.Module) -> int:
-    assert isinstance(layer, nn.Conv2d)
-    return layer.in_channels
+def _head_site(
+    name: str, modules: tuple[str, ...], width: int, branch: str, side: str = "input"
+) -> Site:
+    return Site(name, modules, side, width, kind="head", asked=name, branch=branch, repeats=True)
 
 
 def _level_sites(model: nn.Module) -> list[Site]:
     """After the backbone with its pyramid: a place for a block at each level."""
     output = _try_backbone(model)
-    levels = (
-        [((), output)]
-        if isinstance(output, Tensor)
-        else [((level,), maps) for level, maps in output.items()]
-    )
+    is_one = isinstance(output, Tensor)
+    levels = {(): output} if is_one else {(level,): maps for level, maps in output.items()}
     return [
         Site(
             f"fpn{index}",
@@ -269,7 +208,7 @@ def _level_sites(model: nn.Module) -> list[Site]:
             asked=f"fpn{index}",
             run=run_backbone,
         )
-        for index, (path, maps) in enumerate(levels)
+        for index, (path, maps) in enumerate(levels.items())
     ]
 
 
@@ -303,10 +242,10 @@ def _modules_by_reduction(model: nn.Module) -> dict[int, str]:
     names = [name for name, _ in backbone.named_modules(prefix="backbone")]
     with watched(model, names, after=note):
         returned = _try_backbone(model)
-    stages = set(_stages(backbone, "backbone", reductions))
+    stages = list(_stages(backbone, "backbone", reductions))
     last = {reduction: name for name, reduction in reductions.items() if name in stages}
     levels = [] if isinstance(returned, Tensor) else list(returned.values())
-    for name in stages:
+    for name in stages:  # of modules that return the same tensor, the outermost comes last
         if any(maps[name] is level for level in levels):
             last[reductions[name]] = name
     return dict(sorted(last.items()))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from featxfer.modules.base import TransferModule
 from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
+
+T = TypeVar("T")
 
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("_DISABLED", default=frozenset())
 """`id` of each `Transfers` that is disabled, in this thread (or task) and in no other."""
@@ -50,14 +52,15 @@ class Transfers(nn.ModuleDict):
         """The value itself."""
         return value
 
-    def transfer(self, site: str, features: Tensor) -> Tensor:
-        """`features` through what is attached at `site`, or as they are while disabled."""
+    def transfer(self, site: str, value: Any) -> Any:
+        """What passes at `site` through what is attached there, or as it is while disabled."""
         if not self.enabled:
-            return features
+            return value
+        lens = self.sites[site].lens
+        features = lens.get(value)
         if (id(self), site) in _DISTURBED.get():
             features = _disturb(features)
-        transferred: Tensor = self[site](features)
-        return transferred
+        return lens.put(value, self[site](features))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -101,10 +104,7 @@ def attached_sites(host: nn.Module) -> list[Site]:
 def install(
     host: nn.Module, site: Site, module: TransferModule, dtype: torch.dtype | None = None
 ) -> None:
-    """Makes `module` act at `site`, on the host's device and in its dtype, or in `dtype`.
-
-    Everything has been checked before.
-    """
+    """Makes a checked `module` act at `site`, on the host's device and in its dtype, or `dtype`."""
     like = host_parameter(host)
     if like is not None:
         module.to(like.device, dtype or like.dtype)
@@ -116,14 +116,16 @@ def install(
         host.register_forward_pre_hook(partial(_check_hooks, transfers_of(host)))
     transfers_of(host)[site.name] = module
     hook_modules(host, site)
-    for method, function in _methods(host, site).items():
+    for method, function in _methods(host, [site]).items():
         setattr(host, method, partial(function, host))
 
 
-def _methods(host: nn.Module, site: Site) -> dict[str, Callable[..., Any]]:
-    """Methods of the host that are replaced while something is attached at `site`."""
-    saves = {"save_pretrained": _save_pretrained} if hasattr(host, "save_pretrained") else {}
-    return {**site.methods, **saves}
+def _methods(host: nn.Module, sites: Sequence[Site]) -> dict[str, Callable[..., Any]]:
+    """Methods of the host that are replaced while something is attached at these sites."""
+    found = {name: function for site in sites for name, function in site.methods.items()}
+    if sites and hasattr(host, "save_pretrained"):
+        found["save_pretrained"] = _save_pretrained
+    return found
 
 
 def hook_modules(host: nn.Module, site: Site) -> None:
@@ -143,45 +145,36 @@ def hook_modules(host: nn.Module, site: Site) -> None:
 
 def unhook_modules(host: nn.Module, site: str | None = None) -> None:
     """Removes the hooks of one site, or of all, wherever in the host they are."""
-    transfers = transfers_of(host)
     for module in host.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if _is_ours(hook, transfers, site)]:
-                del hooks[key]
-        if _is_ours(vars(module).get("forward"), transfers, site):
-            del module.forward
+        for holder, key in _hooks_of(module, transfers_of(host), site):
+            del holder[key]
     _forget_compiled()
 
 
-def _is_ours(hook: object, transfers: Transfers, site: str | None) -> bool:
-    """Whether a hook is that of one site, or of any."""
-    if not isinstance(hook, partial) or hook.args[:1] != (transfers,):
-        return False
-    if hook.func is _check_hooks:
-        return site is None
-    acts = hook.func in (_transfer_input, _transfer_output, _pass_by)
-    return acts and site in (None, hook.args[1])
+def _hooks_of(
+    module: nn.Module, transfers: Transfers, site: str | None
+) -> list[tuple[dict[Any, Any], Any]]:
+    """What holds the hooks of one site, or all of ours, on a module, with their keys there."""
+    return [
+        (holder, key)
+        for holder in (module._forward_pre_hooks, module._forward_hooks, vars(module))
+        for key, hook in holder.items()
+        if isinstance(hook, partial) and hook.args and hook.args[0] is transfers
+        if site in (None, *hook.args[1:2])
+    ]
 
 
-def uninstall(host: nn.Module, site: Site) -> None:
-    """Takes away what is attached at one site."""
-    transfers = transfers_of(host)
-    if len(transfers) == 1:
-        remove_all(host)
-        return
-    unhook_modules(host, site.name)
-    del transfers[site.name], transfers.sites[site.name]
-    kept = {name for other in transfers.sites.values() for name in _methods(host, other)}
-    for method in _methods(host, site).keys() - kept:
+def uninstall(host: nn.Module, site: Site | None = None) -> None:
+    """Takes away what is attached at one site, or all; `AttachError` if nothing is attached."""
+    transfers, attached = transfers_of(host), attached_sites(host)
+    kept = [other for other in attached if site is not None and other.name != site.name]
+    unhook_modules(host, site.name if site is not None and kept else None)
+    for method in _methods(host, attached).keys() - _methods(host, kept).keys():
         delattr(host, method)
-
-
-def remove_all(host: nn.Module) -> None:
-    """Takes everything away that `install` did; raises `AttachError` if nothing is attached."""
-    unhook_modules(host)
-    for method in {name for site in attached_sites(host) for name in _methods(host, site)}:
-        delattr(host, method)
-    delattr(host, CHILD)
+    if site is not None and kept:
+        del transfers[site.name], transfers.sites[site.name]
+    else:
+        delattr(host, CHILD)
 
 
 def _forget_compiled() -> None:
@@ -205,21 +198,25 @@ def transfer_disabled(host: nn.Module) -> Iterator[None]:
 
     Raises `AttachError` if nothing is attached.
     """
-    token = _DISABLED.set(_DISABLED.get() | {id(transfers_of(host))})
-    try:
+    with _within(_DISABLED, id(transfers_of(host))):
         yield
-    finally:
-        _DISABLED.reset(token)
 
 
 @contextmanager
 def disturbed(transfers: Transfers, site: str) -> Iterator[None]:
     """Inside, what arrives at `site` is changed a lot, so that whatever hangs on it changes."""
-    token = _DISTURBED.set(_DISTURBED.get() | {(id(transfers), site)})
+    with _within(_DISTURBED, (id(transfers), site)):
+        yield
+
+
+@contextmanager
+def _within(variable: ContextVar[frozenset[T]], value: T) -> Iterator[None]:
+    """Inside, the value is one of those of the variable."""
+    token = variable.set(variable.get() | {value})
     try:
         yield
     finally:
-        _DISTURBED.reset(token)
+        variable.reset(token)
 
 
 def _disturb(features: Tensor) -> Tensor:
@@ -281,31 +278,20 @@ def _check_hooks(transfers: Transfers, host: nn.Module, args: object) -> None:
         return
     for site in transfers.sites.values():
         for name in site.modules:
-            module = _find(host, name)
-            hooks: list[object] = []
-            if module is not None:
-                hooks += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-                hooks.append(vars(module).get("forward"))
-            if not any(_is_ours(hook, transfers, site.name) for hook in hooks):
+            found = False
+            with suppress(AttributeError):  # there is no such module any more
+                found = bool(_hooks_of(host.get_submodule(name), transfers, site.name))
+            if not found:
                 raise AttachError(
                     f"model: module {name!r}, to which {site.name!r} was attached, was taken away "
                     "or replaced since; detach_transfer and attach again"
                 )
 
 
-def _find(host: nn.Module, name: str) -> nn.Module | None:
-    """The module of that name, if there is one."""
-    module: nn.Module | None = host
-    for part in name.split("."):
-        module = None if module is None else module._modules.get(part)
-    return module
-
-
 def _transfer_input(
     transfers: Transfers, site: str, module: nn.Module, args: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    lens = transfers.sites[site].lens
-    return (lens.put(args[0], transfers.transfer(site, lens.get(args[0]))), *args[1:])
+    return (transfers.transfer(site, args[0]), *args[1:])
 
 
 def _pass_by(transfers: Transfers, site: str, classifier: nn.Module, features: Tensor) -> Any:
@@ -318,8 +304,7 @@ def _pass_by(transfers: Transfers, site: str, classifier: nn.Module, features: T
 def _transfer_output(
     transfers: Transfers, site: str, module: nn.Module, args: tuple[Any, ...], output: Any
 ) -> Any:
-    lens = transfers.sites[site].lens
-    return lens.put(output, transfers.transfer(site, lens.get(output)))
+    return transfers.transfer(site, output)
 
 
 def _save_pretrained(host: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,10 +26,9 @@ def watched(
     for name in names:
         module = model.get_submodule(name)
         if before is not None:
-            hook = partial(_told_before, before, name)
-            handles.append(module.register_forward_pre_hook(hook))
+            handles.append(module.register_forward_pre_hook(partial(_tell, before, name)))
         if after is not None:
-            handles.append(module.register_forward_hook(partial(_told_after, after, name)))
+            handles.append(module.register_forward_hook(partial(_tell, after, name)))
     try:
         yield
     finally:
@@ -37,31 +36,26 @@ def watched(
             handle.remove()
 
 
-def _told_before(tell: Callable[[str, Any], object], name: str, _: nn.Module, args: Any) -> None:
-    tell(name, args)
-
-
-def _told_after(
-    tell: Callable[[str, Any], object], name: str, _: nn.Module, __: Any, output: Any
-) -> None:
-    tell(name, output)
+def _tell(tell: Callable[[str, Any], object], name: str, _: nn.Module, *passed: Any) -> None:
+    """A hook: `passed` is the arguments, or these and the result."""
+    tell(name, passed[-1])
 
 
 @contextmanager
 def captured(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, list[Any]]]:
     """What arrives inside at each site's first module, in the order that it does."""
     taken: dict[str, list[Any]] = {site.name: [] for site in sites}
-    at: dict[tuple[str, str], list[Site]] = {}
-    for site in sites:
-        at.setdefault((site.side, site.modules[0]), []).append(site)
 
     def note(side: str, name: str, value: Any) -> None:
-        for site in at[side, name]:
-            value_there = value[0] if side == "input" and value else value
-            taken[site.name].append(site.lens.get(value_there))
+        value = value[0] if side == "input" and value else value
+        for site in sites:
+            if (site.side, site.modules[0]) == (side, name):
+                taken[site.name].append(site.lens.get(value))
 
-    inputs = [name for side, name in at if side == "input"]
-    outputs = [name for side, name in at if side == "output"]
+    inputs, outputs = (
+        dict.fromkeys(site.modules[0] for site in sites if site.side == side)
+        for side in ("input", "output")
+    )
     with (
         watched(model, inputs, before=partial(note, "input")),
         watched(model, outputs, after=partial(note, "output")),

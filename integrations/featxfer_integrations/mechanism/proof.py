@@ -14,14 +14,7 @@ from featxfer.features.backbone import frozen
 from featxfer.modules.base import TransferModule
 from featxfer_integrations.hosts import host_of
 from featxfer_integrations.hosts.base import does_not_run
-from featxfer_integrations.mechanism.attach import (
-    Transfers,
-    attached_at,
-    disturbed,
-    install,
-    transfers_of,
-    uninstall,
-)
+from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.capture import take_feature, watched
 from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
 
@@ -46,9 +39,9 @@ def attached_runs(
         AttachError: nothing is attached.
         ValueError: a result without numbers, or another one each time.
     """
-    hosts = {n: m for n, m in model.named_modules() if isinstance(m, Transfers) and len(m)}
+    hosts = {n: m for n, m in model.named_modules() if isinstance(m, attach.Transfers) and len(m)}
     if not hosts:
-        transfers_of(model)
+        attach.transfers_of(model)
     if run is None:
         run = partial(host_of(model).answers, model)
     with frozen(model):
@@ -57,20 +50,13 @@ def attached_runs(
             raise ValueError("batch: the model's result for it has no numbers, wanted some")
         if not _are_equal(plain, _numbers(run(batch))):
             raise ValueError("batch: the model gives another result for it each time")
-        return {
-            site if len(hosts) == 1 else f"{name.removesuffix(CHILD)}{site}": _hangs_on(
-                transfers, site, plain, partial(run, batch)
-            )
-            for name, transfers in hosts.items()
-            for site in transfers
-        }
-
-
-def _hangs_on(
-    transfers: Transfers, site: str, plain: Sequence[Tensor], run: Callable[[], Any]
-) -> bool:
-    with disturbed(transfers, site):
-        return not _are_equal(plain, _numbers(run()))
+        acts = {}
+        for name, transfers in hosts.items():
+            for site in transfers:
+                with attach.disturbed(transfers, site):
+                    changed = not _are_equal(plain, _numbers(run(batch)))
+                acts[site if len(hosts) == 1 else name.removesuffix(CHILD) + site] = changed
+        return acts
 
 
 def _numbers(value: Any, depth: int = 6) -> list[Tensor]:
@@ -100,48 +86,40 @@ class _Nothing(TransferModule):
         return features
 
 
-def _watch(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Any]:
-    """The result, and what reaches some modules."""
-    seen: list[Any] = []
-    with watched(model, names, before=lambda _, args: seen.append(args)):
-        return [host_of(model).answers(model, images), *seen]
-
-
 def prove(model: nn.Module, sites: Sequence[Site], image: Tensor) -> None:
     """Attaches something at each site, sees by one image that it acts, and takes it away again.
 
-    Args:
-        model: the host; it is as it was after, whatever happens.
-        sites: where something is or will be attached.
-        image: `(1, c, h, w)` in the host's dtype, on its device.
-
-    Raises:
-        AttachError: what is attached at a site changes nothing, or the model does not run.
+    The model is as it was after, whatever happens. `image` is `(1, c, h, w)` in its dtype and on
+    its device. Raises `AttachError` where what is attached changes nothing, or it does not run.
     """
     watching = [  # a new classifier may be of zeros, and its result the same whatever reaches it
         name
         for name, module in model.named_modules()
         if any(p.ndim > 1 and not p.any() for p in module.parameters(recurse=False))
     ]
+
+    def run(images: Tensor) -> list[Any]:
+        seen: list[Any] = []
+        with watched(model, watching, before=lambda _, args: seen.append(args)):
+            return [host_of(model).answers(model, images), *seen]
+
     if host_of(model).detects:  # of an image without boxes nothing can be told of their heads
         with frozen(model):
             sites = [s for s in sites if s.is_block or take_feature(model, s, image).numel()]
-    added = [site for site in sites if attached_at(model, site) is None]
+    added = [site for site in sites if attach.attached_at(model, site) is None]
     try:
         for site in added:
-            install(model, site, _Nothing())
-        run = partial(_watch, model, watching)
-        try:
-            acts = attached_runs(model, image, run=run) if sites else {}
-        except (AttachError, ValueError):
-            raise
-        except Exception as error:  # whatever a foreign model raises
-            raise does_not_run(image, error, "nothing can be trained in it") from error
-        idle = [site.name for site in sites if not acts[site.name]]
+            attach.install(model, site, _Nothing())
+        acts = attached_runs(model, image, run=run) if sites else {}
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a foreign model raises
+        raise does_not_run(image, error, "nothing can be trained in it") from error
     finally:
         for site in added:
-            if attached_at(model, site) is not None:
-                uninstall(model, site)
+            if attach.attached_at(model, site) is not None:
+                attach.uninstall(model, site)
+    idle = [site.name for site in sites if not acts[site.name]]
     if idle:
         raise AttachError(
             f"model: what is attached at {', '.join(map(repr, idle))} changes nothing that "

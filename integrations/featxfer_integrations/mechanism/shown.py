@@ -33,10 +33,6 @@ class Shown:
         """The same on a device."""
         return self.map(lambda part: part.to(device))
 
-    def float(self) -> Shown:
-        """The same in float32."""
-        return self.map(lambda part: part.float())
-
     def map(self, change: Callable[[Tensor], Tensor]) -> Shown:
         """The same with each tensor changed."""
         return Shown(
@@ -63,11 +59,7 @@ Show = Callable[[Any, Any], Shown]
 
 
 class ShownAt:
-    """What passes sites: vectors and maps of one position as vectors, the rest as maps.
-
-    Args:
-        sites: with their layouts known.
-    """
+    """What passes sites of known layouts: maps of blocks as maps, all else as vectors."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = list(sites)
@@ -118,12 +110,8 @@ def shown_by(function: Callable[[Any, Any], Any]) -> Show:
 class ShownDistance:
     """How far what a model shows is from what it shows of the HR image (ours).
 
-    The mean over maps of their squared distance, divided by the variance of HR maps, and an
-    objective of vectors, `VECTORS_WEIGHT` times where there are maps.
-
-    Args:
-        variances: of each of the HR maps, > 0.
-        objectives: of vectors `(m, d)`, by name; vectors without one do not count.
+    The mean over maps of their squared distance, divided by the variance of HR maps, and the
+    objectives of vectors `(m, d)` that have one, `VECTORS_WEIGHT` times where there are maps.
     """
 
     def __init__(self, variances: Mapping[str, float], objectives: Mapping[str, Objective]) -> None:

@@ -66,7 +66,7 @@ class Lens:
     def get(self, value: Any) -> Any:
         """What is there, a tensor where all is well."""
         for key in self.path:
-            value = value[key] if _is_indexed(value, key) else getattr(value, str(key))
+            value = _part(value, key)
         return value
 
     def put(self, value: Any, tensor: Any) -> Any:
@@ -74,8 +74,7 @@ class Lens:
         if not self.path:
             return tensor
         key = self.path[0]
-        inside = value[key] if _is_indexed(value, key) else getattr(value, str(key))
-        changed = Lens(self.path[1:]).put(inside, tensor)
+        changed = Lens(self.path[1:]).put(_part(value, key), tensor)
         if dataclasses.is_dataclass(value):
             return dataclasses.replace(value, **{str(key): changed})  # type: ignore[type-var]
         if isinstance(value, Mapping):
@@ -89,8 +88,10 @@ class Lens:
         return found
 
 
-def _is_indexed(value: Any, key: str | int) -> bool:
-    return isinstance(value, Mapping) or isinstance(key, int)
+def _part(value: Any, key: str | int) -> Any:
+    """An entry of a mapping or a tuple, or an attribute."""
+    is_indexed = isinstance(value, Mapping) or isinstance(key, int)
+    return value[key] if is_indexed else getattr(value, str(key))
 
 
 @dataclass(frozen=True)
@@ -193,15 +194,9 @@ class Site:
     ) -> Site | None:
         """The site with width, layout and extent from the shape that a square image gives there.
 
-        Args:
-            shape: of one image's feature, with the batch dimension.
-            larger: of an image with sides twice as long, where that is known.
-            sides: height and width of the image; the grid of tokens is in their proportion.
-
-        Returns None where the shape does not tell where channels are.
-
-        Raises:
-            AttachError: neither vectors nor maps nor tokens.
+        `larger` is the shape of an image with sides twice as long, where that is known; the grid of
+        tokens is in the proportion of `sides`, the image's height and width. None where the shapes
+        do not tell where channels are; `AttachError` for neither vectors nor maps nor tokens.
         """
         known = dataclasses.replace
         if len(shape) == 2:

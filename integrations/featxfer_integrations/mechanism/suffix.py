@@ -9,10 +9,9 @@ maps alone, which is tested on an image before anything is trained.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,42 +19,38 @@ from torch.utils import _pytree as pytree
 
 from featxfer.modules.base import TransferModule
 from featxfer_integrations.mechanism.attach import (
-    attached_at,
+    attached_sites,
     install,
     is_attached,
-    remove_all,
     transfers_of,
+    uninstall,
 )
 from featxfer_integrations.mechanism.capture import take_enabled_feature, take_feature, watched
 from featxfer_integrations.mechanism.shown import Show, Shown
-from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
+from featxfer_integrations.mechanism.site import AttachError, Site
+
+T = TypeVar("T")
 
 
 class FrozenCopy(nn.Module):
     """A copy of a model, frozen but for what is attached to the copy; in float32, in eval mode.
 
     Small steps are lost in half precision. What `attach` adds are its only parameters that ask for
-    gradients, and the only modules that `train` sets to training mode.
-
-    Args:
-        model: it is copied, not changed.
-        show: what the copy shows of a batch.
-        precision: "fp32", or "bf16" for autocast.
-        keep: sites whose modules are copied too, and stay frozen; others are left out.
+    gradients, and the only modules that `train` sets to training mode. `show` is what the copy
+    shows of a batch, and `precision` "fp32", or "bf16" for autocast. What is attached at the sites
+    to `keep` is copied too, and stays frozen; the rest is left out.
     """
 
     def __init__(
         self, model: nn.Module, show: Show, precision: str, keep: Sequence[Site] = ()
     ) -> None:
         super().__init__()
-        kept = [(site, copy.deepcopy(attached_at(model, site))) for site in keep]
         self.host = copy.deepcopy(model)
-        if is_attached(self.host):
-            remove_all(self.host)
+        kept = {site.name for site in keep}
+        for site in attached_sites(self.host):
+            if site.name not in kept:
+                uninstall(self.host, site)
         self.host.eval().requires_grad_(False).float()
-        for site, module in kept:
-            assert module is not None
-            install(self.host, site, module.eval().requires_grad_(False))
         self.show, self.precision = show, precision
 
     def attach(self, site: Site, module: TransferModule) -> None:
@@ -75,28 +70,20 @@ class FrozenCopy(nn.Module):
         images = batch if isinstance(batch, Tensor) else batch.images
         bf16 = self.precision == "bf16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            return self.show(self.host, batch).float()
+            return self.show(self.host, batch).map(Tensor.float)
 
 
-@dataclass
 class _Kept:
     """The maps that the site's module is to return."""
 
-    maps: Tensor = field(default_factory=lambda: torch.empty(0))
+    maps = torch.empty(0)
 
 
 class Suffix(FrozenCopy):
-    """From the maps behind `site` to what the model shows, layers frozen.
+    """From the maps, tokens or vectors behind `site` to what the model shows, layers frozen.
 
-    Args:
-        model: the host; it is copied, not changed. What is attached to it is left out.
-        site: the place of the maps, or of tokens or vectors; what is attached comes later.
-        show: what the model shows of images.
-        image: one preprocessed square image `(1, 3, s, s)` to try it on.
-        precision: "fp32", or "bf16" for autocast.
-
-    Raises:
-        AttachError: what is shown hangs on more than these maps; they are no module's result.
+    It is tried on one preprocessed square `image`, `(1, 3, s, s)`. Raises `AttachError` where what
+    is shown hangs on more than these maps, or they are no module's result.
     """
 
     def __init__(
@@ -124,8 +111,7 @@ class Suffix(FrozenCopy):
 
     def maps_at(self, site: Site, maps: Tensor) -> Tensor:
         """The maps that arrive at a site behind the first, through what is attached before."""
-        found: Tensor = self._replayed(maps, partial(take_enabled_feature, self.host, site))
-        return found
+        return self._replayed(maps, partial(take_enabled_feature, self.host, site))
 
     def attach(self, site: Site, module: TransferModule) -> None:
         """Makes `module` act at `site`, which is the first one or behind it."""
@@ -134,10 +120,9 @@ class Suffix(FrozenCopy):
 
     def forward(self, maps: Tensor) -> Shown:
         """What the model shows of maps, through what is attached."""
-        found: Shown = self._replayed(maps, super().forward)
-        return found
+        return self._replayed(maps, super().forward)
 
-    def _replayed(self, maps: Tensor, run: Any) -> Any:
+    def _replayed(self, maps: Tensor, run: Callable[[Tensor], T]) -> T:
         kept = maps.float()
         if kept.ndim == 4:
             kept = kept.contiguous(memory_format=torch.channels_last)
@@ -159,25 +144,14 @@ class Suffix(FrozenCopy):
             elif not passed:
                 done[name] = output
 
-        names = [
-            name for name, _ in self.host.named_modules() if name and name.split(".")[0] != CHILD
-        ]
+        names = [name for name, _ in self.host.named_modules() if name]
         with watched(self.host, names, after=note):
             self.show(self.host, self._image)
-        for name in _outermost(done):
-            self.host.get_submodule(name).forward = partial(_empty, self._kept, done[name])
+        for name, output in done.items():
+            if not any(name.startswith(f"{other}.") for other in done):
+                self.host.get_submodule(name).forward = partial(_empty, self._kept, output)
         returned = partial(_kept_maps, self._kept, self.site, passed[0])
         self.host.get_submodule(stage).forward = returned
-
-
-def _outermost(names: Iterable[str]) -> list[str]:
-    """The names that are not inside another of them."""
-    chosen = set(names)
-    return [
-        name
-        for name in chosen
-        if not any(name.startswith(f"{other}.") for other in chosen if other != name)
-    ]
 
 
 def _kept_maps(kept: _Kept, site: Site, recorded: Any, *_: Any, **__: Any) -> Any:

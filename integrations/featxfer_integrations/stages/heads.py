@@ -22,7 +22,7 @@ from featxfer.evaluation.pairs import report_pairs
 from featxfer.features.extract import check_readable
 from featxfer.training.heads import features_task, labels_task
 from featxfer_integrations.mechanism.attach import attached_at, gives_clusters
-from featxfer_integrations.mechanism.backbone import backbone_at
+from featxfer_integrations.mechanism.fingerprint import backbone_at
 from featxfer_integrations.mechanism.site import Site
 from featxfer_integrations.stages.base import Judged, Stage, Task, Training
 from featxfer_integrations.stages.maps import WHOLE, MapsStage

@@ -25,7 +25,7 @@ from featxfer.features.extract import check_readable
 from featxfer.features.store import MappedRows, align
 from featxfer.views.augment import cropped, flipped
 from featxfer_integrations.mechanism.attach import host_device, transfer_disabled
-from featxfer_integrations.mechanism.backbone import backbone_at
+from featxfer_integrations.mechanism.fingerprint import backbone_at
 from featxfer_integrations.mechanism.shown import Show, Shown, ShownDistance
 from featxfer_integrations.mechanism.site import Site
 from featxfer_integrations.mechanism.suffix import Suffix

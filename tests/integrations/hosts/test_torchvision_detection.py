@@ -18,6 +18,7 @@ from featxfer import FeatureTransferBlock, FeatureTransferHead
 from featxfer_integrations import (
     attach_transfer,
     detach_transfer,
+    host_of,
     train_transfer_only,
     transfer_disabled,
     transfers_of,
@@ -100,6 +101,13 @@ def test_blocks_of_ssd_act_on_the_returned_map_of_their_resolution(name: str) ->
         assert levels[0] in of_its_size or not of_its_size, name
         for unit in block.units:
             unit.project.bias -= 1.0  # type: ignore[operator, union-attr]
+
+
+def test_of_modules_that_return_the_same_maps_the_outermost_is_named() -> None:
+    """Some change maps in place: which one is named may not hang on the order of a set."""
+    model = build("ssdlite320_mobilenet_v3_large")
+    wanted = ["backbone.features.0.6", "backbone.features.0", "backbone.features.1"]
+    assert host_of(model).blocks(model) == wanted
 
 
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn_v2"])

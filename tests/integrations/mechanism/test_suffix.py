@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from featxfer import FeatureTransferBlock
 from featxfer_integrations import AttachError, Site, attach_transfer, host_of, transfers_of
-from featxfer_integrations.hosts.find import find_sites
-from featxfer_integrations.mechanism.backbone import FeatureAt
+from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.mechanism.capture import take_feature
+from featxfer_integrations.mechanism.fingerprint import FeatureAt
 from featxfer_integrations.mechanism.shown import Shown, ShownAt
 from featxfer_integrations.mechanism.suffix import Suffix
 

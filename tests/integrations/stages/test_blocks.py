@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from featxfer_integrations import AttachError, host_of, load_transfers, save_transfers, transfers_of
-from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.mechanism.site import Site
 from featxfer_integrations.plan import plan
 from featxfer_integrations.stages.blocks import block_width, new_modules

@@ -28,7 +28,7 @@ from featxfer_integrations import (
     save_transfers,
     transfers_of,
 )
-from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.mechanism.attach import is_attached
 from featxfer_integrations.stages.boxes import NOTHING, PER_IMAGE, BoxFeatures
 from featxfer_integrations.stages.pyramid import chance_of

@@ -30,9 +30,9 @@ from featxfer_integrations import (
     transfer_disabled,
     transfers_of,
 )
-from featxfer_integrations.hosts.find import find_sites
+from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.mechanism.attach import is_attached
-from featxfer_integrations.mechanism.backbone import backbone_at
+from featxfer_integrations.mechanism.fingerprint import backbone_at
 from featxfer_integrations.plan import plan
 from featxfer_integrations.stages.maps import MapPairs, Maps, MapsStage, extract_maps
 from tests.integrations.conftest import failing

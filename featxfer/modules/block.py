@@ -152,11 +152,13 @@ class FeatureTransferBlock(HubModule):
     def set_input_statistics(self, maps: Tensor) -> None:
         """Takes mean and standard deviation a channel from `maps`, in the block's layout.
 
-        Of tokens those of the grid count. A channel that does not vary gets the standard deviation
-        1, one that hardly varies `SMALLEST_SHARE` of the median. Raises `ValueError` for another
-        shape, NaN, infinity or a value above `LARGEST_NORM`; the block is then unchanged.
+        Or from positions `(n, channels)`; of tokens those of the grid count. A channel that does
+        not vary gets the standard deviation 1, one that hardly varies `SMALLEST_SHARE` of the
+        median. Raises `ValueError` for another shape, NaN, infinity or a value above
+        `LARGEST_NORM`; the block is then unchanged.
         """
-        planes = self._planes(maps).float()
+        rows = maps.ndim == 2 and maps.shape[1] == self.channels
+        planes = (maps.T[None, ..., None] if rows else self._planes(maps)).float()
         if not (planes.numel() and (planes.abs() <= LARGEST_NORM).all()):
             raise ValueError(
                 f"maps: got {tuple(maps.shape)}, wanted n >= 1 finite ones, of values of at most "

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from featxfer.files import write_atomic
+from featxfer.training.objectives import Objective
 from featxfer.training.processes import Processes
+from featxfer.training.recipe import Recipe
 from featxfer.training.state import EpochLog, TrainingState
 
 FORMAT = 2
@@ -22,6 +24,24 @@ FORMAT = 2
 
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, or of another training; nothing has been changed."""
+
+
+def settings_of(
+    recipe: Recipe, seed: int, precision: str, objective: Objective, held_out: bool, processes: int
+) -> dict[str, Any]:
+    """What training hangs on besides the rows, as JSON types, as far as it can be told."""
+    told = getattr(objective, "__dict__", {}).items()
+    numbers = {name: value for name, value in told if isinstance(value, str | int | float)}
+    settings = {
+        "recipe": recipe.to_dict(),
+        "seed": seed,
+        "precision": precision,
+        "objective": {"class": type(objective).__qualname__, **numbers},
+        "held_out": held_out,
+        "processes": processes,
+    }
+    as_json: dict[str, Any] = json.loads(json.dumps(settings, default=float))
+    return as_json
 
 
 def keep(
@@ -65,13 +85,8 @@ def resume(
     for kind, generator in state.generators.items():
         for rank in range(processes.size):
             required[f"random.{kind}.{rank}"] = generator.get_state()
-    moved = [
-        {
-            f"optimizer.{part}.{name}": value
-            for part, value in state.recipe.optimizer_state(p).items()
-        }
-        for name, p in state.parameters.items()
-    ]
+    kept = {name: state.recipe.optimizer_state(p) for name, p in state.parameters.items()}
+    moved = [{f"optimizer.{part}.{n}": v for part, v in parts.items()} for n, parts in kept.items()]
     with processes.together():
         log, lowest, tensors = _read(path, settings, required, moved)
         try:
@@ -113,17 +128,10 @@ def _read(
         _check_log(log)
         lowest = float(said["lowest"])
         _check_tensors(tensors, required, optional)
-    except (
-        safetensors.SafetensorError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        why = f"{type(error).__name__}: {error}"
-        if isinstance(error, CheckpointError):
-            why = str(error)
-        raise _no_checkpoint(path, why) from error
+    except CheckpointError as error:
+        raise _no_checkpoint(path, str(error)) from error
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise _no_checkpoint(path, f"{type(error).__name__}: {error}") from error
     return log, lowest, tensors
 
 

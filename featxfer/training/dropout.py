@@ -8,18 +8,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from featxfer.modules.head import FeatureTransferHead
-
-_GLOBAL_DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-"""Layers of torch that draw from its global generator."""
 
 
 @contextmanager
@@ -39,7 +30,7 @@ def dropout_from(module: nn.Module, generator: torch.Generator) -> Iterator[None
 def warn_of_dropout(module: nn.Module) -> None:
     """Warns of layers in training mode that draw from torch's global generator."""
     for name, part in module.named_modules():
-        if isinstance(part, _GLOBAL_DROPOUTS) and part.training and part.p > 0:
+        if isinstance(part, _DropoutNd) and part.training and part.p > 0:
             warnings.warn(
                 f"head: {name or type(part).__name__} draws from torch's global generator, so the "
                 "same seed does not give the same weights, nor does a checkpoint; seed it in "

@@ -9,10 +9,11 @@ import torch
 from featxfer.checks import ArrayLike, as_features, check_choice, check_paired, variance_of
 from featxfer.modules.head import FeatureTransferHead
 from featxfer.training.objectives import LabelCrossEntropy, Objective, make_objective
+from featxfer.training.pairs import TensorPairs
 from featxfer.training.pseudo_labels import Clustering, pseudo_labels
 from featxfer.training.recipe import FEATURES_RECIPE, Recipe
 from featxfer.training.state import EpochLog
-from featxfer.training.trainer import PseudoLabelTrainer, TensorPairs
+from featxfer.training.trainer import PseudoLabelTrainer
 
 
 def fit_head(

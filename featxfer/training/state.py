@@ -77,7 +77,27 @@ class TrainingState:
             own[name].copy_(value)
 
     def note(self, held_out_loss: float) -> None:
-        """Keeps the weights if their held-out loss is the lowest so far."""
+        """Keeps the weights if their held-out loss is the lowest so far.
+
+        Raises `ValueError` for one that is not finite; after an epoch that is asked before.
+        """
+        if not math.isfinite(held_out_loss):
+            raise ValueError(
+                f"held_out: got a loss of {held_out_loss} before training, wanted a finite one"
+            )
         if held_out_loss < self.lowest:
             self.lowest = held_out_loss
             self.best = self.copied()
+
+    def sums(self, losses: list[Tensor], matches: list[Tensor]) -> tuple[float, int, float]:
+        """Of an epoch's steps the sums of the loss and of matches, and the first that went bad.
+
+        That is the first whose loss is not finite, or the number of steps where only the weights
+        after them are not; infinity where all is well.
+        """
+        total, bad = float(torch.stack(losses).sum()), math.inf
+        weights = (bool(torch.isfinite(p).all()) for p in self.parameters.values())
+        if not (math.isfinite(total) and all(weights)):
+            finite = [math.isfinite(float(loss)) for loss in losses]
+            bad = finite.index(False) if False in finite else len(finite)
+        return total, int(torch.stack(matches).sum()), bad

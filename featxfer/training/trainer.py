@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from featxfer.checks import ArrayLike, as_features, check_choice, check_integer
+from featxfer.checks import ArrayLike, check_choice, check_integer
 from featxfer.features.backbone import frozen, modes_kept
 from featxfer.features.forward import PRECISIONS, bf16_is_fast
-from featxfer.training.checkpoint import keep, resume
+from featxfer.training.checkpoint import keep, resume, settings_of
 from featxfer.training.dropout import dropout_from, warn_of_dropout
 from featxfer.training.objectives import LabelCrossEntropy, Objective
+from featxfer.training.pairs import PairSource, checked_pairs
 from featxfer.training.processes import Processes
 from featxfer.training.recipe import Recipe
 from featxfer.training.state import EpochLog, TrainingState
@@ -27,44 +26,6 @@ from featxfer.training.state import EpochLog, TrainingState
 
 class DivergenceError(ArithmeticError):
     """The loss became infinite or NaN; the head holds the weights of the last good epoch."""
-
-
-class PairSource(Protocol):
-    """What a trainer draws mini-batches from: pairs of an input and its target."""
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """Indices of the pairs of one epoch, int64 `(m,)`, in the order that they are taken.
-
-        Called as each epoch begins. Where a module draws from torch's global generator, seed that
-        here by a draw from `generator`: then a checkpoint goes on to the same weights.
-        """
-        ...
-
-    def take(self, indices: Tensor) -> tuple[Any, Any]:
-        """Inputs and targets of these pairs: tensors, or what can be moved by `to(device)`."""
-        ...
-
-
-@dataclass(frozen=True)
-class TensorPairs:
-    """Pairs in memory.
-
-    Args:
-        inputs: a row a pair.
-        targets: a row each, on the device of the inputs.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """All of them, shuffled."""
-        return torch.randperm(len(self.inputs), generator=generator, device="cpu")
-
-    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of these pairs."""
-        indices = indices.to(self.inputs.device)
-        return self.inputs[indices], self.targets[indices]
 
 
 class PseudoLabelTrainer:
@@ -164,27 +125,12 @@ class PseudoLabelTrainer:
         """
         self.recipe.check_held_out(held_out)
         with self.processes.together():
-            pairs = self._in_memory("features", features, targets)
-            judged = None
+            device, judged = self._device, None
+            pairs = checked_pairs("features", features, targets, self._check, device)
             if held_out is not None:
-                judged = self._in_memory("held_out", *held_out, width=pairs.inputs.shape[1])
+                width = pairs.inputs.shape[1]
+                judged = checked_pairs("held_out", *held_out, self._check, device, width)
         return self.fit_rows(pairs, held_out=judged, callback=callback)
-
-    def _in_memory(
-        self, name: str, features: ArrayLike, targets: Tensor, width: int | None = None
-    ) -> TensorPairs:
-        """Rows and their targets on the head's device, once the objective has checked them."""
-        rows = as_features(name, features, width=width).to(self._device)
-        if not isinstance(targets, Tensor):
-            raise TypeError(f"targets: got {type(targets).__name__}, wanted a torch.Tensor")
-        targets = targets.to(self._device)
-        with frozen(self.module):
-            outputs = self._outputs(self.module, rows[:1])
-        try:
-            self.objective.check(outputs, targets, len(rows))
-        except ValueError as error:
-            raise ValueError(f"held_out: {error}" if name == "held_out" else str(error)) from error
-        return TensorPairs(rows, targets)
 
     def fit_rows(
         self,
@@ -219,24 +165,20 @@ class PseudoLabelTrainer:
         self.recipe.check_held_out(held_out)
         check_integer("held_out_batch", held_out_batch, at_least=1)
         path = None if checkpoint is None else Path(checkpoint)
-        settings = self._settings(held_out is not None)
+        judges, several = held_out is not None, self.processes.size
+        settings = settings_of(
+            self.recipe, self.seed, self._arithmetic, self.objective, judges, several
+        )
         self.processes.check_same_training(settings, path)
-        state = TrainingState(
-            self.module, self.parameters, self.optimizer, self.recipe,
-            self.processes.generators(self.seed),
-        )  # fmt: skip
-        with modes_kept(self.head), dropout_from(self.module, state.generators["dropout"]):
+        generators = self.processes.generators(self.seed)
+        state = TrainingState(self.module, self.parameters, self.optimizer, self.recipe, generators)
+        with modes_kept(self.head), dropout_from(self.module, generators["dropout"]):
             self.head.train()
             warn_of_dropout(self.module)
             if path is not None and path.exists():
                 resume(path, settings, state, self.processes)
             elif held_out is not None:
-                loss = self._judge(held_out, held_out_batch)
-                if not math.isfinite(loss):
-                    raise ValueError(
-                        f"held_out: got a loss of {loss} before training, wanted a finite one"
-                    )
-                state.note(loss)
+                state.note(self._judge(held_out, held_out_batch))
             while not state.is_done:
                 state.log.append(self._epoch(state, rows, held_out, held_out_batch))
                 if path is not None:
@@ -258,7 +200,15 @@ class PseudoLabelTrainer:
         count = self.processes.count_rows(order)
         good = state.copied()
         self.head.train()
-        loss, matches, bad = self._pass(rows, order, epoch)
+        losses, hits, batches = [], [], order.split(self.recipe.batch_size)
+        for step, batch in enumerate(batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.learning_rate_at(epoch, step / len(batches))
+            loss, found = self.step(*self._taken(rows, batch))
+            losses.append(loss * len(batch))
+            hits.append(found)
+        sums = self.processes.numbers(*state.sums(losses, hits)).T
+        total, matches, bad = float(sums[0].sum()), float(sums[1].sum()), float(sums[2].min())
         self.processes.broadcast(state.buffers().values())
         what = f"loss or weights are not finite at epoch {epoch}, step {bad:g}"
         if held_out is not None and bad == math.inf:
@@ -272,29 +222,7 @@ class PseudoLabelTrainer:
         if judged is not None:
             state.note(judged)
         seconds = time.perf_counter() - start
-        return EpochLog(epoch, loss / count, matches / count, rate, seconds, judged)
-
-    def _pass(self, rows: PairSource, order: Tensor, epoch: int) -> tuple[float, float, float]:
-        """One pass over the rows: of all processes the sums of the loss and of matches.
-
-        And the first step whose loss is not finite, or the number of steps where only the weights
-        after them are not; infinity where all is well.
-        """
-        batches, losses, matches = order.split(self.recipe.batch_size), [], []
-        for step, batch in enumerate(batches):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate_at(epoch, step / len(batches))
-            inputs, targets = rows.take(batch)
-            loss, found = self.step(inputs.to(self._device), targets.to(self._device))
-            losses.append(loss * len(batch))
-            matches.append(found)
-        total, bad = float(torch.stack(losses).sum()), math.inf
-        weights = (bool(torch.isfinite(p).all()) for p in self.parameters.values())
-        if not (math.isfinite(total) and all(weights)):
-            finite = [math.isfinite(float(loss)) for loss in losses]
-            bad = finite.index(False) if False in finite else len(finite)
-        sums = self.processes.numbers(total, int(torch.stack(matches).sum()), bad)
-        return float(sums[:, 0].sum()), float(sums[:, 1].sum()), float(sums[:, 2].min())
+        return EpochLog(epoch, total / count, matches / count, rate, seconds, judged)
 
     def _judge(self, held_out: PairSource, size: int) -> float:
         """The mean loss on the held-out rows of all processes."""
@@ -302,9 +230,8 @@ class PseudoLabelTrainer:
         with self.processes.together(), frozen(self.module):
             order = held_out.order(torch.Generator("cpu").manual_seed(0))
             for batch in order.split(size) if len(order) else ():
-                inputs, targets = held_out.take(batch)
-                outputs = self._outputs(self.module, inputs.to(self._device))
-                loss, _ = self.objective(outputs, targets.to(self._device))
+                inputs, targets = self._taken(held_out, batch)
+                loss, _ = self.objective(self._outputs(self.module, inputs), targets)
                 total += float(loss) * len(batch)
             count = len(order)
         sums = self.processes.numbers(total, count).sum(0)
@@ -312,34 +239,27 @@ class PseudoLabelTrainer:
             raise ValueError("held_out: got no rows, wanted at least one")
         return float(sums[0] / sums[1])
 
-    def _settings(self, judged: bool) -> dict[str, Any]:
-        """What training hangs on besides the rows, as JSON types, as far as it can be told."""
-        numbers = {
-            name: value
-            for name, value in getattr(self.objective, "__dict__", {}).items()
-            if isinstance(value, str | int | float)
-        }
-        settings = {
-            "recipe": self.recipe.to_dict(),
-            "seed": self.seed,
-            "precision": "bf16" if self._in_bf16 else "fp32",
-            "objective": {"class": type(self.objective).__qualname__, **numbers},
-            "held_out": judged,
-            "processes": self.processes.size,
-        }
-        told: dict[str, Any] = json.loads(json.dumps(settings, default=float))
-        return told
+    def _check(self, rows: Tensor, targets: Tensor, count: int) -> None:
+        """Raises `ValueError` for targets of so many rows that do not go with the outputs."""
+        with frozen(self.module):
+            outputs = self._outputs(self.module, rows)
+        self.objective.check(outputs, targets, count)
+
+    def _taken(self, rows: PairSource, batch: Tensor) -> tuple[Any, Any]:
+        inputs, targets = rows.take(batch)
+        return inputs.to(self._device), targets.to(self._device)
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
     @property
-    def _in_bf16(self) -> bool:
-        return self.precision == "bf16" or (self.precision == "auto" and bf16_is_fast(self._device))
+    def _arithmetic(self) -> str:
+        fast = self.precision == "auto" and bf16_is_fast(self._device)
+        return "bf16" if fast or self.precision == "bf16" else "fp32"
 
     def _outputs(self, module: nn.Module, features: Any) -> Any:
-        if not self._in_bf16:
+        if self._arithmetic == "fp32":
             return module(features)
         with torch.autocast(self._device.type, torch.bfloat16):
             return module(features).float()

@@ -1,7 +1,7 @@
 """Hosts that featxfer plugs into: attach, fit, save; which models there are, and their weights."""
 
 from featxfer_integrations.corruptions import CorruptedDegradation
-from featxfer_integrations.fit import backbone_of, fit_key, fit_transfer
+from featxfer_integrations.fit import TransferFit, backbone_of, fit_key, fit_transfer
 from featxfer_integrations.hosts import host_of, register_host
 from featxfer_integrations.hosts.base import Host
 from featxfer_integrations.hosts.load import BackboneError, load_backbone, load_model
@@ -9,7 +9,6 @@ from featxfer_integrations.mechanism.attach import transfer_disabled, transfers_
 from featxfer_integrations.mechanism.proof import attached_runs
 from featxfer_integrations.mechanism.site import AttachError, Site
 from featxfer_integrations.options import FitOptions
-from featxfer_integrations.report import TransferFit
 from featxfer_integrations.transfer import (
     attach_transfer,
     detach_transfer,

@@ -16,37 +16,68 @@ same image:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from featxfer import (
-    Backbone,
-    BaseDegradation,
-    FeatureTransferHead,
-    Preprocessing,
-)
+from featxfer import Backbone, BaseDegradation, EpochLog, FeatureTransferHead, Preprocessing
+from featxfer.evaluation.pairs import HeldOutPairs
 from featxfer.features.backbone import sha256_of
 from featxfer.modules.base import TransferModule
+from featxfer.training.pseudo_labels import LabelDiagnostics
 from featxfer.views.images import ImageSource
 from featxfer_integrations.hosts import host_of
 from featxfer_integrations.hosts.base import find_sites
-from featxfer_integrations.mechanism.attach import (
-    attached_at,
-    attached_sites,
-    check_host,
-    install,
-)
+from featxfer_integrations.mechanism.attach import attached_at, attached_sites, check_host, install
 from featxfer_integrations.mechanism.fingerprint import backbone_at
 from featxfer_integrations.mechanism.site import Site
 from featxfer_integrations.options import FitOptions
 from featxfer_integrations.plan import Targets, plan
-from featxfer_integrations.report import TransferFit, warn_if_useless
-from featxfer_integrations.stages.base import Trained, run_stage
+from featxfer_integrations.stages.base import Stage
 from featxfer_integrations.stages.blocks import BlocksStage
 from featxfer_integrations.stages.heads import PooledStage
+
+
+@dataclass(frozen=True)
+class TransferFit:
+    """What `fit_transfer` found.
+
+    Args:
+        log: of the heads' training, an entry an epoch; empty if no head was trained.
+        diagnostics: of the pseudo-labels, a degradation each.
+        held_out: of what was trained, a degradation each; empty where no pairs were held out, and
+            for output "clusters", which is not in the space of HR features. Of detectors first of
+            the blocks and then of each head, and a pair is a box or a position.
+        images: how many were trained on.
+        skipped: image name -> why it could not be read.
+        blocks_log: of the blocks' training, an entry an epoch.
+    """
+
+    log: list[EpochLog] = field(default_factory=list)
+    diagnostics: list[LabelDiagnostics] = field(default_factory=list)
+    held_out: list[HeldOutPairs] = field(default_factory=list)
+    images: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    blocks_log: list[EpochLog] = field(default_factory=list)
+
+
+def warn_if_useless(what: str, held_out: Sequence[HeldOutPairs]) -> None:
+    """Warns where there is no gap, or held-out LR features come no nearer to their HR features."""
+    for part in held_out:
+        if part.before.cosine > 1 - 1e-6:
+            message = "LR features are the HR features: there is no gap to recover"
+        elif part.after.cosine <= part.before.cosine:
+            message = (
+                f"{what} not help: held-out cosine {part.before.cosine:.3f} before, "
+                f"{part.after.cosine:.3f} after"
+            )
+        else:
+            continue
+        warnings.warn(message, stacklevel=3)
 
 
 def fit_transfer(
@@ -89,16 +120,17 @@ def fit_transfer(
         ImageError, FileNotFoundError, StoreError, DiskError: as `extract_features`.
         DivergenceError: the loss became infinite.
     """
-    stages, skipped = plan(model, images, degradation, site, targets, options, cache, seed)
-    trained = [run_stage(stage) for stage in stages]
-    for part in trained:
-        for place in part.stage.sites:
-            _put(model, place, part.stage.modules[place.name])
-    for part in trained:
-        part.checkpoint.unlink(missing_ok=True)
-    for part in trained:
-        warn_if_useless(f"{part.stage.what} {part.stage.verb}", part.judged.held_out)
-    return _report(trained, skipped)
+    stages = plan(model, images, degradation, site, targets, options, cache, seed)
+    for stage in stages:
+        stage.run()
+    for stage in stages:
+        for place in stage.sites:
+            _put(model, place, stage.modules[place.name])
+    for stage in stages:
+        stage.checkpoint.unlink(missing_ok=True)
+    for stage in stages:
+        warn_if_useless(f"{stage.what} {stage.verb}", stage.held_out)
+    return _report(stages)
 
 
 def fit_key(
@@ -116,7 +148,7 @@ def fit_key(
     For results that are kept. Arguments and errors as there; of a function as `targets` nothing can
     be told but its name.
     """
-    stages, _ = plan(model, images, degradation, site, targets, options, None, seed)
+    stages = plan(model, images, degradation, site, targets, options, None, seed)
     return sha256_of([stage.key() for stage in stages])[:32]
 
 
@@ -134,21 +166,17 @@ def _put(model: nn.Module, site: Site, module: TransferModule) -> None:
     attached.card = module.card
 
 
-def _report(trained: Sequence[Trained], skipped: dict[str, str]) -> TransferFit:
-    heads, blocks = (
-        [part for part in trained if isinstance(part.stage, BlocksStage) == of_blocks]
-        for of_blocks in (False, True)
-    )
-    for part in trained:
-        skipped = skipped | part.stage.skipped
-    last = trained[-1].judged.held_out if isinstance(trained[-1].stage, PooledStage) else None
+def _report(stages: Sequence[Stage]) -> TransferFit:
+    blocks = [stage for stage in stages if isinstance(stage, BlocksStage)]
+    heads = [stage for stage in stages if stage not in blocks]
+    told = stages[-1:] if isinstance(stages[-1], PooledStage) else stages
     return TransferFit(
-        [entry for part in heads for entry in part.log],
-        [found for part in heads or trained for found in part.judged.diagnostics],
-        [found for part in trained for found in part.judged.held_out] if last is None else last,
-        trained[0].stage.images,
-        skipped,
-        [entry for part in blocks for entry in part.log],
+        [entry for stage in heads for entry in stage.log],
+        [found for stage in heads or stages for found in stage.diagnostics],
+        [found for stage in told for found in stage.held_out],
+        stages[0].images,
+        {name: why for stage in stages for name, why in stage.skipped.items()},
+        [entry for stage in blocks for entry in stage.log],
     )
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from featxfer import (
-    BaseDegradation,
-    Degradation,
-    ImageError,
-    Images,
-    open_images,
-)
+from featxfer import BaseDegradation, Degradation, ImageError, open_images
 from featxfer.checks import check_integer
 from featxfer.console import tell
 from featxfer.features.backbone import frozen
@@ -60,8 +53,8 @@ def plan(
     options: FitOptions | None,
     cache: str | Path | None,
     seed: int,
-) -> tuple[list[Stage], dict[str, str]]:
-    """The stages of a fit, and the images that are left out; all checks that need no training."""
+) -> list[Stage]:
+    """The stages of a fit, after all checks that need no training."""
     check_host(model)
     options = FitOptions() if options is None else options
     if not isinstance(options, FitOptions):
@@ -73,42 +66,43 @@ def plan(
     preprocessing = options.preprocessing or host.preprocessing(model)
     if degradation is None:
         degradation = host.own_degradation(model, preprocessing)
-    views = _views(host, degradation)
+    views = _views(host.degradation, degradation)
     square = host.image(model)
-    if not host.detects:
-        square = black_image(model, views[0].hr_size, views[0].hr_size)  # type: ignore[attr-defined]
-        square = square[:, :1].repeat(1, 3, 1, 1)
-    with _of_these_views():
-        sites = _sites(host, model, site, square)
-    goals = None if targets is None else _targets(host, model, targets, square)
-    _check_effect(host, model, sites, options, goals)
-    _check_others(host, model, sites)
-    proved = (copy.deepcopy(model).float(), square.float()) if host.detects else (model, square)
-    with _of_these_views():
-        prove(proved[0], sites, proved[1])
-    opened, skipped = open_images(images), dict[str, str]()
-    folder = Path(cache or default_cache())
-    if host.detects:
-        opened, skipped = _readable(opened, folder, options.on_error)
-    told = _told(targets)
+    if isinstance(views[0], Degradation):
+        square = black_image(model, views[0].hr_size, views[0].hr_size)[:, :1].repeat(1, 3, 1, 1)
+    asked = _Asked(model, host, options, square)
+    try:
+        sites = asked.sites(site)
+        goals, told = asked.goals(targets)
+        asked.check_effect(sites, goals is not None)
+        asked.check_others(sites)
+        if host.detects:
+            prove(copy.deepcopy(model).float(), sites, square.float())
+        else:
+            prove(model, sites, square)
+    except ProbeError as error:
+        raise ProbeError(
+            f"degradation: {str(error).removeprefix('model: ')}; set hr_size to a size that it "
+            "takes, and put a module around one that takes other than 3 channels"
+        ) from error
+    opened, folder = open_images(images), Path(cache or default_cache())
     task = Task(model, host, opened, views, preprocessing, options, folder, seed, told)
-    blocks, heads = ([s for s in sites if s.is_block == of] for of in (True, False))
     if host.detects:
-        return _detector_stages(task, blocks, heads), skipped
+        return _detector_stages(_readable(task), sites)
     if goals is not None:
-        return [_through(task, sites, goals, square)], skipped
+        return [_through(task, sites, goals, square)]
+    blocks, heads = ([s for s in sites if s.is_block == of] for of in (True, False))
     if not blocks:
-        return [PooledStage(task, place) for place in heads], skipped
-    shown = heads or [_head_of(host, model, square)]
-    before = _through(task, blocks, ShownAt(shown), square)
-    if not heads:
-        return [before], skipped
-    if not isinstance(before, MapsStage):
+        return [PooledStage(task, place) for place in heads]
+    first = _through(task, blocks, ShownAt(heads or [asked.head()]), square)
+    if isinstance(first, MapsStage):
+        return [first, *(PooledStage(task, place, first) for place in heads)]
+    if heads:
         raise AttachError(
             f"site: a head at {heads[0].name!r} cannot be trained behind blocks whose maps do "
             "not tell its feature alone; train the blocks, and leave the head away"
         )
-    return [before, *(PooledStage(task, place, before) for place in heads)], skipped
+    return [first]
 
 
 def _through(task: Task, sites: Sequence[Site], show: Show, square: torch.Tensor) -> BlocksStage:
@@ -118,114 +112,27 @@ def _through(task: Task, sites: Sequence[Site], show: Show, square: torch.Tensor
     except AttachError as error:
         task.options.refuse(f"images are read anew each time: {error}", "crops", "batch_size")
         tell(f"images are read anew each time: {error}")
-        images, skipped = _readable(task.images, task.cache, task.options.on_error)
-        task = dataclasses.replace(task, images=images)
-        stage = PyramidStage(task, sites, lambda model, batch: show(model, batch.images))
-        stage.skipped = skipped
-        return stage
+        return PyramidStage(_readable(task), sites, lambda model, batch: show(model, batch.images))
 
 
-def _detector_stages(task: Task, blocks: Sequence[Site], heads: Sequence[Site]) -> list[Stage]:
+def _detector_stages(task: Task, sites: Sequence[Site]) -> list[Stage]:
+    blocks, heads = ([s for s in sites if s.is_block == of] for of in (True, False))
     outside = [site.asked for site in blocks if site.run is None]
     if outside:
         raise AttachError(
             f"site: blocks are trained through the backbone, and {outside[0]!r} is not in it"
         )
-    stages: list[Stage] = []
-    if blocks:
-        stages.append(PyramidStage(task, blocks, task.host.show))
-    known = {site.name for site in heads}
-    standing = [site for site in attached_sites(task.model) if site.name not in known]
-    boxes = Boxes(task, heads, [] if blocks else standing, stages[0] if stages else None)
-    return [*stages, *(BoxesStage(task, site, boxes) for site in heads)]
-
-
-@contextmanager
-def _of_these_views() -> Iterator[None]:
-    """Inside, a model that does not run on RGB images of the views' size is told as such."""
-    try:
-        yield
-    except ProbeError as error:
-        raise ProbeError(
-            f"degradation: {str(error).removeprefix('model: ')}; set hr_size to a size that it "
-            "takes, and put a module around one that takes other than 3 channels"
-        ) from error
-
-
-def _sites(
-    host: Host, model: nn.Module, asked: str | Sequence[str] | None, square: torch.Tensor
-) -> list[Site]:
-    """Where modules are trained, in the order that an image passes them."""
-    names: Sequence[Any] | None
-    names = asked if isinstance(asked, list | tuple | None) else [asked]
-    if names is not None:
-        if not names:
-            raise ValueError("site: got none, wanted a name or several")
-        found = [s for name in names for s in find_sites(host, model, name, image=square)]
-    elif is_attached(model):
-        found = [host.measured(model, site, square) for site in attached_sites(model)]
-    else:
-        default = "blocks" if host.detects or host.blocks(model) else "head"
-        found = find_sites(host, model, default, image=square)
-    twice = next((site.asked for site in found if found.count(site) > 1), None)
-    if twice is not None:
-        raise ValueError(f"site: got {twice!r} twice, wanted each once")
-    tokens = next((site for site in found if site.layout == "tokens" and not site.is_block), None)
-    if tokens is not None:
-        raise AttachError(f"site: {tokens.where} gives tokens, wanted a block there, got a head")
-    return _in_order(host, model, found, square)
-
-
-def _in_order(
-    host: Host, model: nn.Module, sites: Sequence[Site], square: torch.Tensor
-) -> list[Site]:
-    if len(sites) < 2 or any(site.repeats for site in sites):
-        return list(sites)
-    passed: list[str] = []
-    names = {name for site in sites for name in site.modules[:1]}
-    with watched(model, names, after=lambda name, _: passed.append(name)), frozen(model):
-        run_host(model, sites[0], square)
-    place = {name: index for index, name in reversed(list(enumerate(passed)))}
-    return sorted(sites, key=lambda site: place.get(next(iter(site.modules), ""), len(passed)))
-
-
-def _head_of(host: Host, model: nn.Module, square: torch.Tensor) -> Site:
-    """The pooled feature, towards which blocks are trained unless told."""
-    try:
-        return host.measured(model, host.head(model), square)
-    except AttachError as error:
-        raise AttachError(
-            f"targets: wanted what LR images have to match, modules' names or a function, for a "
-            f"{type(model).__name__} that has no pooled feature ({error})"
-        ) from error
-
-
-def _targets(host: Host, model: nn.Module, targets: Targets, square: torch.Tensor) -> Show:
-    """What LR images have to match, as the caller says it."""
-    if host.detects:
-        raise ValueError(f"targets: got {targets!r}, a detector's are what its heads see")
-    if callable(targets):
-        return shown_by(targets)
-    names: list[Any] = [*targets] if isinstance(targets, list | tuple) else [targets]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"targets: got {targets!r}, wanted names of modules, or a function")
-    return ShownAt([host.measured(model, host.sites(model, name)[0], square) for name in names])
-
-
-def _told(targets: Targets | None) -> list[str]:
-    """What a key says of targets: the names, or that of the function."""
-    if callable(targets):
-        kind = type(targets)
-        named = getattr(targets, "__qualname__", kind.__qualname__)
-        return ["function", f"{getattr(targets, '__module__', kind.__module__)}.{named}"]
-    return [targets] if isinstance(targets, str) else list(targets or [])
+    first = PyramidStage(task, blocks, task.host.show) if blocks else None
+    standing = [s for s in attached_sites(task.model) if s.is_block and first is None]
+    boxes = Boxes(task, heads, standing, first)
+    stages: list[Stage] = [BoxesStage(task, site, boxes) for site in heads]
+    return stages if first is None else [first, *stages]
 
 
 def _views(
-    host: Host, degradation: BaseDegradation | Sequence[BaseDegradation]
+    kind: type[BaseDegradation], degradation: BaseDegradation | Sequence[BaseDegradation]
 ) -> list[BaseDegradation]:
     """Degradations of the host's kind and, where they have a size, of one size."""
-    kind = host.degradation
     if not isinstance(degradation, BaseDegradation | Sequence):
         raise TypeError(f"degradation: got {degradation!r}, wanted a {kind.__name__} or several")
     several = [degradation] if isinstance(degradation, BaseDegradation) else list(degradation)
@@ -243,63 +150,133 @@ def _views(
     return several
 
 
-def _check_effect(
-    host: Host, model: nn.Module, sites: Sequence[Site], options: FitOptions, goals: object
-) -> None:
-    """Raises `ValueError` for an option without effect on what is trained at these sites."""
-    blocks = [site for site in sites if site.is_block or goals is not None]
-    heads = [site for site in sites if site not in blocks]
-    if not blocks:
-        options.refuse("heads alone are trained", "block_recipe", "crops")
-    if not heads:
-        options.refuse("blocks alone are trained", "recipe")
-    if host.detects and not blocks and options.precision == "bf16":
-        options.refuse("heads of detectors are trained on features in float32", "precision")
-    if host.detects and not heads:
-        if not host.proposes(model):
-            why = f"blocks are trained on maps: {type(model).__name__} proposes no boxes"
-            options.refuse(why, "objective", "clusters")
-        if options.objective in WITHOUT_CLUSTERS:
-            options.refuse(f"blocks are trained with {options.objective!r}", "clusters")
-    for site in sites:
-        attached = attached_at(model, site)
-        if attached is None or not gives_clusters(attached):
-            continue
-        if blocks:
+@dataclass(frozen=True)
+class _Asked:
+    """A model that is to be fitted, of a host and with options, and a square image of the views."""
+
+    model: nn.Module
+    host: Host
+    options: FitOptions
+    square: torch.Tensor
+
+    def sites(self, asked: str | Sequence[str] | None) -> list[Site]:
+        """Where modules are trained, in the order that an image passes them."""
+        host, model, square = self.host, self.model, self.square
+        names: Any = asked if isinstance(asked, list | tuple | None) else [asked]
+        if names is None and is_attached(model):
+            found = [host.measured(model, site, square) for site in attached_sites(model)]
+        else:
+            if names is None:
+                names = ["blocks" if host.detects or host.blocks(model) else "head"]
+            if not names:
+                raise ValueError("site: got none, wanted a name or several")
+            found = [s for name in names for s in find_sites(host, model, name, image=square)]
+        for site in found:
+            if found.count(site) > 1:
+                raise ValueError(f"site: got {site.asked!r} twice, wanted each once")
+            if site.layout == "tokens" and not site.is_block:
+                raise AttachError(
+                    f"site: {site.where} gives tokens, wanted a block there, got a head"
+                )
+        return self._in_order(found)
+
+    def _in_order(self, sites: list[Site]) -> list[Site]:
+        if len(sites) < 2 or any(site.repeats for site in sites):
+            return sites
+        passed: list[str] = []
+        names = {name for site in sites for name in site.modules[:1]}
+        with (
+            watched(self.model, names, after=lambda name, _: passed.append(name)),
+            frozen(self.model),
+        ):
+            run_host(self.model, sites[0], self.square)
+        place = {name: index for index, name in reversed(list(enumerate(passed)))}
+        return sorted(sites, key=lambda site: place.get(next(iter(site.modules), ""), len(passed)))
+
+    def head(self) -> Site:
+        """The pooled feature, towards which blocks are trained unless told."""
+        try:
+            return self.host.measured(self.model, self.host.head(self.model), self.square)
+        except AttachError as error:
             raise AttachError(
-                'site: a head with output "clusters" is attached, wanted "features" behind blocks'
+                f"targets: wanted what LR images have to match, modules' names or a function, for "
+                f"a {type(self.model).__name__} that has no pooled feature ({error})"
+            ) from error
+
+    def goals(self, targets: Targets | None) -> tuple[Show | None, list[str]]:
+        """What LR images have to match, as the caller says it; and what a key says of that."""
+        host, model = self.host, self.model
+        if targets is None:
+            return None, []
+        if host.detects:
+            raise ValueError(f"targets: got {targets!r}, a detector's are what its heads see")
+        if callable(targets):
+            kind = type(targets)
+            named = getattr(targets, "__qualname__", kind.__qualname__)
+            module = getattr(targets, "__module__", kind.__module__)
+            return shown_by(targets), ["function", f"{module}.{named}"]
+        names: list[Any] = [*targets] if isinstance(targets, list | tuple) else [targets]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"targets: got {targets!r}, wanted names of modules, or a function")
+        sites = [host.measured(model, host.sites(model, n)[0], self.square) for n in names]
+        return ShownAt(sites), names
+
+    def check_effect(self, sites: Sequence[Site], has_goals: bool) -> None:
+        """Raises `ValueError` for an option without effect on what is trained at these sites."""
+        options, host = self.options, self.host
+        blocks = [site for site in sites if site.is_block or has_goals]
+        heads = [site for site in sites if site not in blocks]
+        if not blocks:
+            options.refuse("heads alone are trained", "block_recipe", "crops")
+        if not heads:
+            options.refuse("blocks alone are trained", "recipe")
+        if host.detects and not blocks and options.precision == "bf16":
+            options.refuse("heads of detectors are trained on features in float32", "precision")
+        if host.detects and not heads:
+            if not host.proposes(self.model):
+                kind = type(self.model).__name__
+                why = f"blocks are trained on maps: {kind} proposes no boxes"
+                options.refuse(why, "objective", "clusters")
+            if options.objective in WITHOUT_CLUSTERS:
+                options.refuse(f"blocks are trained with {options.objective!r}", "clusters")
+        for attached in (attached_at(self.model, site) for site in sites):
+            if attached is None or not gives_clusters(attached):
+                continue
+            if blocks:
+                raise AttachError(
+                    'site: a head with output "clusters" is attached, wanted "features" behind '
+                    "blocks"
+                )
+            options.refuse('the attached head has output "clusters" and pseudo-labels', "objective")
+            k = attached.config["clusters"]
+            if options.clusters not in (None, k):
+                raise ValueError(
+                    f"clusters: got {options.clusters}, the attached head gives {k} logits"
+                )
+
+    def check_others(self, sites: Sequence[Site]) -> None:
+        """Raises `AttachError` where what is attached would not be known to the training."""
+        known, blocks = {site.name for site in sites}, any(site.is_block for site in sites)
+        others = [
+            site.name
+            for site in attached_sites(self.model)
+            if site.name not in known and not (self.host.detects and site.is_block and not blocks)
+        ]
+        if others:
+            raise AttachError(
+                f"model: something is attached at {', '.join(others)}, and what is trained now "
+                "would be trained without it; detach_transfer first, or name all sites"
             )
-        options.refuse('the attached head has output "clusters" and pseudo-labels', "objective")
-        k = attached.config["clusters"]
-        if options.clusters not in (None, k):
-            raise ValueError(
-                f"clusters: got {options.clusters}, the attached head gives {k} logits"
-            )
 
 
-def _check_others(host: Host, model: nn.Module, sites: Sequence[Site]) -> None:
-    """Raises `AttachError` where something is attached that the training would not know of."""
-    known, blocks = {site.name for site in sites}, any(site.is_block for site in sites)
-    others = [
-        site.name
-        for site in attached_sites(model)
-        if site.name not in known and not (host.detects and site.is_block and not blocks)
-    ]
-    if others:
-        raise AttachError(
-            f"model: something is attached at {', '.join(others)}, and what is trained now would "
-            "be trained without it; detach_transfer first, or name all sites"
-        )
-
-
-def _readable(images: Images, cache: Path, on_error: str) -> tuple[Images, dict[str, str]]:
-    """The images that can be read, and why others cannot, if they may be skipped.
+def _readable(task: Task) -> Task:
+    """The task with the images that can be read, where others may be skipped.
 
     Raises `ValueError` if there are none.
     """
-    skipped, kept = {}, []
-    if on_error == "raise":
-        return images, {}
+    images, skipped, kept = task.images, dict[str, str](), []
+    if task.options.on_error == "raise":
+        return task
     for index in tqdm(range(len(images)), desc="readable images", unit="img", disable=None):
         try:
             images.read(index)
@@ -307,16 +284,16 @@ def _readable(images: Images, cache: Path, on_error: str) -> tuple[Images, dict[
             skipped[images.ids[index]] = str(error)
         else:
             kept.append(index)
-    check_readable("images", skipped, len(images), on_error)
+    check_readable("images", skipped, len(images), task.options.on_error)
     if not skipped:
-        return images, {}
-    write_skipped(cache / f"skipped-{images.fingerprint[:16]}.json", skipped, len(images))
+        return task
+    write_skipped(task.cache / f"skipped-{images.fingerprint[:16]}.json", skipped, len(images))
     said = f"{images.fingerprint} without {json.dumps(sorted(skipped))}"
-    readable = dataclasses.replace(
+    readable = replace(
         images,
         ids=tuple(images.ids[index] for index in kept),
         read=lambda row: images.read(kept[row]),
         fingerprint=hashlib.sha256(said.encode()).hexdigest(),
         targets=None,
     )
-    return readable, skipped
+    return replace(task, images=readable, skipped=skipped)

@@ -1,10 +1,11 @@
-"""Stage: one thing that a fit trains; all are run by `run_stage`, and differ in their pairs."""
+"""Stage: one thing that a fit trains; stages differ in where their pairs come from."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from featxfer import (
     BaseDegradation,
@@ -28,8 +30,8 @@ from featxfer.features.extract import software_versions
 from featxfer.features.forward import bf16_is_fast
 from featxfer.modules.base import TransferModule
 from featxfer.training.objectives import Objective
+from featxfer.training.pairs import PairSource
 from featxfer.training.pseudo_labels import LabelDiagnostics
-from featxfer.training.trainer import PairSource
 from featxfer_integrations.hosts.base import Host
 from featxfer_integrations.mechanism.attach import attached_at, host_device
 from featxfer_integrations.mechanism.fingerprint import (
@@ -40,23 +42,14 @@ from featxfer_integrations.mechanism.fingerprint import (
 )
 from featxfer_integrations.mechanism.site import Site
 from featxfer_integrations.options import OBJECTIVE, FitOptions
-from featxfer_integrations.report import epochs
 
 
 @dataclass(frozen=True)
 class Task:
     """What a fit is asked for, after all checks that need no image.
 
-    Args:
-        model: the host; it is not changed before all is trained.
-        host: what is known of it.
-        images: unlabelled HR images.
-        views: degradations, one or several.
-        preprocessing: of the model's weights.
-        options: how.
-        cache: folder.
-        seed: of clusters, modules, the order of rows and the choice of held-out images.
-        targets: names of what LR images have to match, where the caller says it.
+    `targets` are the names of what LR images have to match, where the caller says it; `skipped`
+    says of images that are left out why they could not be read.
     """
 
     model: nn.Module
@@ -68,6 +61,7 @@ class Task:
     cache: Path
     seed: int
     targets: Sequence[str] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def objective(self) -> str:
@@ -80,6 +74,11 @@ class Task:
         if self.options.precision != "auto":
             return self.options.precision
         return "bf16" if bf16_is_fast(host_device(self.model)) else "fp32"
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Arguments of `extract_features`: what of unreadable images, and how many at a time."""
+        return {"on_error": self.options.on_error, "batch_size": self.options.batch_size or 64}
 
     def split(self, count: int) -> tuple[Tensor, Tensor]:
         """Indices of the images to train on, of so many, and of those held out, both in order.
@@ -118,15 +117,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Training:
-    """What the trainer is given.
+    """What the trainer is given: a network, and its objective on pairs of inputs and targets.
 
-    Args:
-        network: what is run on the pairs' inputs; a module, or the frozen model around it.
-        pairs: inputs and targets.
-        objective: of the network's outputs and the targets.
-        held_out: other pairs, which choose the epoch, if there are any.
-        held_out_batch: how many of these are taken at a time.
-        digest: of data that no key knows of.
+    Other pairs, `held_out`, choose the epoch, if there are any; `held_out_batch` are taken at a
+    time. `digest` is of data that no key knows of.
     """
 
     network: nn.Module
@@ -137,40 +131,34 @@ class Training:
     digest: str = ""
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What a stage's modules do, a degradation each; see `TransferFit`."""
-
-    held_out: list[HeldOutPairs] = field(default_factory=list)
-    diagnostics: list[LabelDiagnostics] = field(default_factory=list)
-
-
 class Stage(ABC):
-    """One thing to train.
-
-    Args:
-        task: of the fit.
-        sites: where its modules act.
+    """One thing to train: modules at `sites`.
 
     Attributes:
         what: the modules, in words.
         verb: "do" or "does".
         recipe: how they are trained.
-        modules: by site, untrained, on the model's device.
+        modules: by site, on the model's device.
         images: how many are trained on, once `training` has been asked.
         skipped: image name -> why it could not be read.
         details: of the cards, besides what all have.
+        checkpoint: after `run`; needed until the modules are attached.
+        log, held_out, diagnostics: after `run`, see `TransferFit`.
     """
 
     what: str
     verb = "does"
     recipe: Recipe
+    checkpoint: Path
+    log: list[EpochLog]
+    held_out: list[HeldOutPairs]
+    diagnostics: list[LabelDiagnostics]
 
     def __init__(self, task: Task, sites: Sequence[Site]) -> None:
         self.task, self.sites = task, list(sites)
         self.modules: dict[str, TransferModule] = {}
         self.images = 0
-        self.skipped: dict[str, str] = {}
+        self.skipped = dict(task.skipped)
         self.details: dict[str, Any] = {}
 
     @property
@@ -183,8 +171,8 @@ class Stage(ABC):
         """Takes the pairs, and makes the modules ready for them."""
 
     @abstractmethod
-    def judge(self) -> Judged:
-        """What the trained modules do to held-out pairs."""
+    def judge(self) -> tuple[list[HeldOutPairs], list[LabelDiagnostics]]:
+        """What the trained modules do to held-out pairs, and the pseudo-labels, a view each."""
 
     def key(self, digest: str = "") -> str:
         """A hash of all that the trained modules hang on, 32 hex digits."""
@@ -193,67 +181,65 @@ class Stage(ABC):
             [*self.task.identity, where, self.recipe.to_dict(), self.described, digest]
         )[:32]
 
+    def run(self) -> None:
+        """Trains the modules, judges them and writes their cards.
 
-@dataclass(frozen=True)
-class Trained:
-    """A stage that has been run; `checkpoint` is needed until its modules are attached."""
-
-    stage: Stage
-    log: list[EpochLog]
-    judged: Judged
-    checkpoint: Path
-
-
-def run_stage(stage: Stage) -> Trained:
-    """Trains a stage's modules, judges them and writes their cards.
-
-    Interrupted, the same stage goes on from its checkpoint, to the same weights.
-    """
-    task, ready = stage.task, stage.training()
-    checkpoint = task.cache / "training" / f"{stage.key(ready.digest)}.safetensors"
-    trainer = PseudoLabelTrainer(
-        ready.network, stage.recipe, objective=ready.objective, seed=task.seed
-    )
-    with epochs(stage.recipe, f"training {stage.what}") as advance:
-        log = trainer.fit_rows(
-            ready.pairs,
-            held_out=ready.held_out,
-            held_out_batch=ready.held_out_batch,
-            checkpoint=checkpoint,
-            callback=advance,
+        Interrupted, the same stage goes on from its checkpoint, to the same weights.
+        """
+        ready = self.training()
+        name = f"{self.key(ready.digest)}.safetensors"
+        self.checkpoint = self.task.cache / "training" / name
+        trainer = PseudoLabelTrainer(
+            ready.network, self.recipe, objective=ready.objective, seed=self.task.seed
         )
-    ready.network.eval()
-    judged = stage.judge()
-    for site in stage.sites:
-        stage.modules[site.name].card = card(stage, site, log, judged)
-    return Trained(stage, log, judged, checkpoint)
+        with epochs(self.recipe, f"training {self.what}") as advance:
+            self.log = trainer.fit_rows(
+                ready.pairs,
+                held_out=ready.held_out,
+                held_out_batch=ready.held_out_batch,
+                checkpoint=self.checkpoint,
+                callback=advance,
+            )
+        ready.network.eval()
+        self.held_out, self.diagnostics = self.judge()
+        for site in self.sites:
+            self.modules[site.name].card = self._card(site)
 
-
-def card(stage: Stage, site: Site, log: Sequence[EpochLog], judged: Judged) -> Card:
-    """The card of what was trained at a site."""
-    task = stage.task
-    return Card(
-        task.host.model_name(task.model),
-        backbone_sha256(task.host, task.model, site),
-        tuple(task.views),
-        {
+    def _card(self, site: Site) -> Card:
+        task = self.task
+        details = {
             "host": libraries(task.model),
             "preprocessing": dataclasses.asdict(task.preprocessing),
-            "images": stage.images,
+            "images": self.images,
             "images_fingerprint": task.images.fingerprint,
             "images_depth": task.images.depth,
             "objective": task.objective,
             **site.described,
             "seed": task.seed,
-            "recipe": stage.recipe.to_dict(),
-            "diagnostics": [part.summary() for part in judged.diagnostics],
+            "recipe": self.recipe.to_dict(),
+            "diagnostics": [part.summary() for part in self.diagnostics],
             "held_out": [
                 {**dataclasses.asdict(part), "cosine_gap_recovered": part.cosine_gap_recovered}
-                for part in judged.held_out
+                for part in self.held_out
             ],
-            "final_loss": log[-1].loss,
+            "final_loss": self.log[-1].loss,
             "versions": software_versions(),
             **weights_details(task.host, task.model, site),
-            **stage.details,
-        },
-    )
+            **self.details,
+        }
+        name, sha256 = (
+            task.host.model_name(task.model),
+            backbone_sha256(task.host, task.model, site),
+        )
+        return Card(name, sha256, tuple(task.views), details)
+
+
+@contextmanager
+def epochs(recipe: Recipe, what: str) -> Iterator[Callable[[EpochLog], None]]:
+    """What moves a progress bar on after an epoch."""
+    with tqdm(total=recipe.epochs, desc=what, unit="epoch", disable=None) as bar:
+
+        def advance(entry: EpochLog) -> None:
+            bar.update(entry.epoch + 1 - bar.n)
+
+        yield advance

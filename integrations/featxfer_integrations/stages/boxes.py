@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,10 @@ from featxfer.features.store import FeatureStore, Manifest, MappedRows
 from featxfer_integrations.hosts.base import Host
 from featxfer_integrations.hosts.batch import Sample, half_balanced
 from featxfer_integrations.mechanism.attach import host_device, is_attached
-from featxfer_integrations.mechanism.fingerprint import (
-    architecture_sha256,
-    libraries,
-    model_sha256,
-)
+from featxfer_integrations.mechanism.fingerprint import architecture_sha256, libraries, model_sha256
 from featxfer_integrations.mechanism.site import Site
 from featxfer_integrations.mechanism.suffix import FrozenCopy
-from featxfer_integrations.stages.base import Stage, Task
+from featxfer_integrations.stages.base import Task
 from featxfer_integrations.stages.heads import HeadRows, HeadStage
 from featxfer_integrations.stages.pyramid import PyramidStage, chance_of
 
@@ -58,14 +56,8 @@ class BoxFeatures:
     missing) and its features in the HR view, in each LR view, and where blocks are attached in the
     HR view as it is through them.
 
-    Args:
-        host: of the model.
-        model: a frozen detector, with blocks in it or none, and no heads.
-        sites: of heads, with their widths.
-        images: see `featxfer.open_images`.
-        views: degradations.
-        seed: of what is drawn by chance.
-        cache: folder of the stores.
+    `model` is a frozen detector, with blocks in it or none, and no heads; `cache` the folder of the
+    stores.
     """
 
     def __init__(
@@ -79,8 +71,9 @@ class BoxFeatures:
         seed: int,
         cache: Path,
     ) -> None:
-        self.model, self.sites, self.images, self.views = model, list(sites), images, list(views)
+        self.model, self.images, self.views, self.cache = model, images, list(views), cache
         self.seed, self.count = seed, 1 + len(views) + is_attached(model)
+        self.shapes = {s.name: (PER_IMAGE, 1 + self.count * (s.width or 0)) for s in sites}
         self.sampler = host.sampler(model, sites, PER_IMAGE)
         manifest = Manifest(
             view={},
@@ -103,17 +96,14 @@ class BoxFeatures:
                 "views": [view.to_dict() for view in views],
                 "drawn": [PER_IMAGE, seed, DRAW],
             }
-            described = dataclasses.replace(manifest, view=view)
-            self.stores[site.name] = FeatureStore(cache, described)
+            self.stores[site.name] = FeatureStore(cache, dataclasses.replace(manifest, view=view))
 
     def fill(self, on_error: str = "raise") -> None:
         """Computes what the stores lack; errors as `extract_features`."""
         missing = max(len(store.missing_parts()) for store in self.stores.values())
         if missing:
-            numbers = sum(self.count * (site.width or 0) for site in self.sites)
-            gigabytes = 4e-9 * PER_IMAGE * numbers * missing * PART_ROWS
-            folder = next(iter(self.stores.values())).directory.parent
-            tell(f"features of boxes take up to {1000 * gigabytes:,.0f} MB in {folder}")
+            size = 4e-6 * sum(map(math.prod, self.shapes.values())) * missing * PART_ROWS
+            tell(f"features of boxes take up to {size:,.0f} MB in {self.cache}")
         fill_rows(
             self.stores,
             self.images,
@@ -136,21 +126,19 @@ class BoxFeatures:
         advance: Callable[[int], object],
     ) -> Iterable[tuple[str, Tensor]]:
         """Rows of images at each site."""
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        samples = []
         for index, views in zip(indices, prepared, strict=True):
-            samples = self.sampler(views, chance_of(self.seed, index))
-            for site in self.sites:
-                if site.name in found:
-                    found[site.name].append(self._row(samples[site.name], site.width or 0))
+            samples.append(self.sampler(views, chance_of(self.seed, index)))
             advance(len(names))
-        return [(name, torch.stack(rows)) for name, rows in found.items()]
+        return [(name, torch.stack([self._row(s[name], name) for s in samples])) for name in names]
 
-    def _row(self, sample: Sample, width: int) -> Tensor:
-        row = torch.zeros(PER_IMAGE, 1 + self.count * width, device="cpu")
+    def _row(self, sample: Sample, site: str) -> Tensor:
+        row = torch.zeros(self.shapes[site], device="cpu")
         row[:, 0] = NOTHING
-        row[: len(sample.labels), 0] = sample.labels.float()
-        if len(sample.labels):
-            row[: len(sample.labels), 1:] = torch.cat([p.float() for p in sample.views], 1)
+        count = len(sample.labels)
+        if count:
+            row[:count, 0] = sample.labels.float()
+            row[:count, 1:] = torch.cat([view.float() for view in sample.views], 1)
         return row.flatten()
 
     @cached_property
@@ -174,39 +162,34 @@ class BoxFeatures:
 
         Where there are more, half are balanced over labels and the rest drawn by chance.
         """
-        stored, several = self._rows[site.name], images.split(256)
-        shape = (PER_IMAGE, 1 + self.count * (site.width or 0))
-        kinds = [stored.take(part).unflatten(1, shape)[..., 0] for part in several]
-        labels = torch.cat([torch.empty(0, PER_IMAGE, device="cpu"), *kinds]).long()
-        rows, slots = (labels != NOTHING).nonzero(as_tuple=True)
+        stored = self._rows[site.name].take(images).unflatten(1, self.shapes[site.name])
+        kinds = stored[..., 0].long()
+        rows, slots = (kinds != NOTHING).nonzero(as_tuple=True)
+        labels = kinds[rows, slots]
         generator = torch.Generator().manual_seed(self.seed)
         chances = torch.rand(len(rows), generator=generator, device="cpu")
-        kept = half_balanced(labels[rows, slots], chances, most, generator).sort().values
-        rows, slots = rows[kept], slots[kept]
-        found = [torch.empty(0, shape[1], device="cpu")]
-        for index, part in enumerate(several):
-            mine = rows // 256 == index
-            if mine.any():
-                taken = stored.take(part).unflatten(1, shape)
-                found.append(taken[rows[mine] % 256, slots[mine]])
-        return list(torch.cat(found)[:, 1:].chunk(self.count, dim=1)), labels[rows, slots]
+        kept = half_balanced(labels, chances, most, generator).sort().values
+        found = stored[rows[kept], slots[kept], 1:]
+        return list(found.chunk(self.count, dim=1)), labels[kept]
 
 
+@dataclass(eq=False)
 class Boxes:
-    """The features of boxes that all heads of a fit are trained on, taken when first asked for.
+    """The features of boxes at all `sites` of heads of a fit, taken when first asked for.
 
-    Args:
-        task: of the fit.
-        sites: of all heads of the fit.
-        standing: sites of blocks that are attached, and stay as they are.
-        blocks: blocks that are trained before, if any are.
+    They come through `blocks`, which are trained before; where there are none through those at
+    `standing`, which are attached and stay as they are.
     """
 
-    def __init__(
-        self, task: Task, sites: Sequence[Site], standing: Sequence[Site], blocks: Stage | None
-    ) -> None:
-        self.task, self.sites, self.standing, self.blocks = task, list(sites), standing, blocks
-        self.after = [site.name for site in (standing if blocks is None else blocks.sites)]
+    task: Task
+    sites: Sequence[Site]
+    standing: Sequence[Site]
+    blocks: PyramidStage | None
+
+    @property
+    def after(self) -> list[str]:
+        """Names of the blocks that they come through."""
+        return [site.name for site in (self.blocks.sites if self.blocks else self.standing)]
 
     @property
     def described(self) -> list[Any]:
@@ -218,13 +201,13 @@ class Boxes:
     def features(self) -> BoxFeatures:
         """All of them; kept in the cache."""
         task = self.task
-        if isinstance(self.blocks, PyramidStage):
-            model = self.blocks.network.host
+        if self.blocks is not None:
+            network: FrozenCopy = self.blocks.network
         else:
-            model = FrozenCopy(task.model, task.host.show, "fp32", self.standing).host
+            network = FrozenCopy(task.model, task.host.show, "fp32", self.standing)
         features = BoxFeatures(
             task.host,
-            model.eval(),
+            network.host.eval(),
             self.sites,
             task.images,
             task.views,
@@ -236,30 +219,21 @@ class Boxes:
 
 
 class BoxesStage(HeadStage):
-    """A head at one of a detector's sites, towards the features of the same boxes in HR images.
-
-    Args:
-        task: of the fit.
-        site: of the head.
-        boxes: features at all sites of heads of the fit.
-    """
-
-    usual = BOX_RECIPE
+    """A head at one of a detector's sites, towards the features of the same boxes in HR images."""
 
     def __init__(self, task: Task, site: Site, boxes: Boxes) -> None:
-        super().__init__(task, site)
+        super().__init__(task, site, BOX_RECIPE)
         self.boxes, self.what = boxes, f"the head of {site.name}"
 
     @property
     def described(self) -> list[Any]:
         """How boxes are drawn, and what they come through."""
-        config = None if self.attached is None else self.attached.config
-        return [config, PER_IMAGE, MOST_ROWS, DRAW, self.boxes.described]
+        return [self.config, PER_IMAGE, MOST_ROWS, DRAW, self.boxes.described]
 
     def rows(self) -> tuple[HeadRows, HeadRows]:
         """Features of boxes of the images to train on, and of those held out."""
         features, site = self.boxes.features, self.site
-        self.skipped = features.skipped
+        self.skipped |= features.skipped
         train, test = self.task.split(len(features))
         self.images = len(train)
         found, labels = features.read(site, train, MOST_ROWS)
@@ -274,9 +248,8 @@ class BoxesStage(HeadStage):
             )
         self.details = {"boxes": len(labels), "precision": "fp32", "after": self.boxes.after}
         judged, _ = features.read(site, test, MOST_ROWS // 16)
-        return self._as_rows(found), self._as_rows(judged)
-
-    def _as_rows(self, views: list[Tensor]) -> HeadRows:
-        hr, *given = views
-        lr = given[: len(self.task.views)]
-        return HeadRows(hr, lr, hr, given, given[-1] if self.boxes.after else hr)
+        views = len(self.task.views)
+        to_train, to_judge = (
+            HeadRows(hr, given[:views], hr, given) for hr, *given in (found, judged)
+        )
+        return to_train, to_judge

@@ -75,6 +75,18 @@ def test_both_layouts_are_one_function() -> None:
     assert torch.allclose(nhwc(MAPS.movedim(1, -1)).movedim(-1, 1), nchw(MAPS), atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "tokens"])
+def test_statistics_of_positions_are_those_of_their_maps(layout: str) -> None:
+    plain, block = make_block(), make_block(layout=layout)
+    plain.set_input_statistics(MAPS)
+    positions = MAPS.movedim(1, -1).reshape(-1, 6)
+    block.set_input_statistics(positions)
+    torch.testing.assert_close(block.input_mean, plain.input_mean)
+    torch.testing.assert_close(block.input_std, plain.input_std)
+    with pytest.raises(ValueError, match="maps: got shape"):
+        block.set_input_statistics(positions[:, :5])
+
+
 def test_statistics_are_those_of_channels() -> None:
     block = make_block()
     maps = MAPS.clone()

@@ -291,7 +291,7 @@ def test_a_detectors_keys_name_the_libraries_of_all_its_modules(
 ) -> None:
     """The backbone may be timm's: its version is another store and another checkpoint."""
     model = by_hand("faster r-cnn")
-    (stage,), _ = plan(model, discs, None, "boxes", None, FitOptions(), tmp_path, 0)
+    (stage,) = plan(model, discs, None, "boxes", None, FitOptions(), tmp_path, 0)
     manifest = stage.boxes.features.stores["boxes"].manifest  # type: ignore[attr-defined]
     assert f"timm {timm.__version__}, torchvision " in manifest.host
     seen: list[str] = []
@@ -321,7 +321,7 @@ def test_weights_of_what_is_trained_anew_do_not_count(
             for name, parameter in transfers_of(host).named_parameters():
                 if name.startswith(options.get("changed", site)):
                     nn.init.normal_(parameter)
-            stages, _ = plan(host, open_images(images), degradation, site, None, None, None, 0)
+            stages = plan(host, open_images(images), degradation, site, None, None, None, 0)
             found.add(" ".join(stage.key() for stage in stages))
         return found
 
@@ -341,7 +341,7 @@ def test_a_split_is_the_same_whatever_the_default_device_is(
     model: nn.Module, drawings: Path
 ) -> None:
     options = FitOptions(held_out=0.3)
-    (stage,), _ = plan(model, drawings, LR, "head", None, options, None, 1)
+    (stage,) = plan(model, drawings, LR, "head", None, options, None, 1)
     with torch.device("meta"):
         parts = stage.task.split(20)
     assert [len(part) for part in parts] == [14, 6]

@@ -34,7 +34,8 @@ from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.mechanism.attach import is_attached
 from featxfer_integrations.mechanism.fingerprint import backbone_at
 from featxfer_integrations.plan import plan
-from featxfer_integrations.stages.maps import MapPairs, Maps, MapsStage, extract_maps
+from featxfer_integrations.stages.blocks import ViewPairs
+from featxfer_integrations.stages.maps import Maps, MapsStage, extract_maps
 from tests.integrations.conftest import failing
 from tests.integrations.fitting import LR, assert_holds, fit_blocks, state_of
 
@@ -144,11 +145,20 @@ def maps_of(
     return extract_maps(backbone, images, views, cache, (32, 8, 8), **options)
 
 
-def pairs_of(maps: Maps, targets: list[torch.Tensor], images: torch.Tensor) -> MapPairs:
-    """Towards vectors alone, which need no model."""
-    named = {"head": torch.stack(targets)}
-    suffix: Any = None
-    return MapPairs(suffix, maps, named, images, vary=True, shows_maps=False)
+def pairs_of(
+    model: nn.Module,
+    images: Any,
+    views: list[Degradation],
+    maps: Maps,
+    targets: list[torch.Tensor],
+    chosen: torch.Tensor,
+) -> ViewPairs:
+    """Towards vectors alone."""
+    (stage,) = plan(model, images, views, "layer1", None, FitOptions(crops=0), None, 0)
+    assert isinstance(stage, MapsStage)
+    stage.maps, stage.targets, stage.shows_maps = maps, {"head": torch.stack(targets)}, False
+    stage.total = len(maps.hr[0])
+    return ViewPairs(stage, chosen, vary=True)
 
 
 def test_an_image_that_fails_once_is_left_out_of_all_maps(
@@ -234,7 +244,7 @@ def test_rows_are_in_the_same_order_whatever_the_default_device_is(
 ) -> None:
     images = open_images(sorted(drawings.iterdir())[:8])
     maps = maps_of(model, images, [LR], tmp_path)
-    rows = pairs_of(maps, [torch.zeros(8, 1)] * 2, torch.arange(8))
+    rows = pairs_of(model, images, [LR], maps, [torch.zeros(8, 1)] * 2, torch.arange(8))
     found = []
     for device in ("cpu", "meta"):
         with torch.device(device):
@@ -285,7 +295,7 @@ def test_blocks_that_do_not_help_stay_the_identity(
 
 
 def stage_of(model: nn.Module, images: Any, site: str, **options: Any) -> MapsStage:
-    (stage,), _ = plan(model, images, None, site, None, FitOptions(**options), None, 0)
+    (stage,) = plan(model, images, None, site, None, FitOptions(**options), None, 0)
     assert isinstance(stage, MapsStage)
     return stage
 
@@ -306,7 +316,7 @@ def test_views_are_every_image_in_each_lr_view_and_a_share_in_hr(
     maps = maps_of(model, open_images(drawings), views, tmp_path)
     targets = [torch.arange(60.0)[:, None], -torch.arange(60.0)[:, None]]
     train = torch.arange(10, 50)
-    rows = pairs_of(maps, targets, train)
+    rows = pairs_of(model, drawings, views, maps, targets, train)
     order = rows.order(torch.Generator().manual_seed(0))
     assert len(order) == 40 + 40 + 20
     kinds, images = order // 60, order % 60

@@ -18,7 +18,8 @@ from featxfer_integrations import (
 )
 from featxfer_integrations.mechanism.attach import is_attached
 from featxfer_integrations.plan import plan
-from featxfer_integrations.stages.pyramid import ImagePairs, PyramidStage
+from featxfer_integrations.stages.blocks import ViewPairs
+from featxfer_integrations.stages.pyramid import PyramidStage
 from tests.integrations.conftest import failing
 from tests.integrations.fitting import (
     SCALED,
@@ -122,9 +123,9 @@ def test_rows_are_in_the_same_order_whatever_the_default_device_is(
     detector: nn.Module, discs: Path, tmp_path: Path
 ) -> None:
     options = FitOptions(precision="fp32", block_recipe=WHOLE)
-    (stage,), _ = plan(detector, discs, SCALED, "fpn0", None, options, tmp_path, 0)
+    (stage,) = plan(detector, discs, SCALED, "fpn0", None, options, tmp_path, 0)
     assert isinstance(stage, PyramidStage)
-    rows, found = ImagePairs(stage.task, stage.network, torch.arange(8), vary=True), []
+    rows, found = ViewPairs(stage, torch.arange(8), vary=True), []
     for device in ("cpu", "meta"):
         with torch.device(device):
             found.append(rows.order(torch.Generator().manual_seed(0)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.common.study import Study
 from featxfer import Degradation, fill_stores
 from featxfer.features.forward import bf16_is_fast
+from featxfer.features.store import MappedRows
 from featxfer_integrations import host_of, transfers_of
 from featxfer_integrations.hosts.base import black_image, find_sites
 from featxfer_integrations.mechanism.attach import attached_sites, host_device
@@ -27,16 +28,17 @@ SHIFTS = ((8, 0), (-8, 0), (0, 8), (0, -8))
 
 @dataclass(frozen=True)
 class Through:
-    """Features `(n, d)` of both views, as they are and of the mirrored images.
+    """Features `(n, d)` of both views.
 
-    `lr_shifted`: of LR views that are moved by each of `SHIFTS`, where these were asked for.
+    Of mirrored images, and of LR views that are moved by each of `SHIFTS`, where these were asked
+    for; else none.
     """
 
     hr: Tensor
-    hr_flipped: Tensor
     lr: Tensor
+    hr_flipped: Tensor
     lr_flipped: Tensor
-    lr_shifted: tuple[Tensor, ...] = ()
+    lr_shifted: tuple[Tensor, ...]
 
     @property
     def averaged(self) -> Tensor:
@@ -70,7 +72,13 @@ def moved(image: Tensor, right: int, down: int) -> Tensor:
 
 
 def through_blocks(
-    study: Study, model: nn.Module, split: str, view: Degradation, *, shifts: bool = False
+    study: Study,
+    model: nn.Module,
+    part: str,
+    view: Degradation,
+    *,
+    flips: bool = False,
+    shifts: bool = False,
 ) -> Through:
     """Through the attached blocks; a head that is attached is left out."""
     plain, host = study.model, host_of(study.model)
@@ -82,18 +90,26 @@ def through_blocks(
     precision = "bf16" if bf16_is_fast(host_device(plain)) else "fp32"
     suffix = Suffix(plain, first, ShownAt([head]), noise, precision)
     backbone = backbone_at(host, plain, first, host.preprocessing(plain), flat=True)
-    images, cache = study.images(split), study.cache / "maps"
+    images, cache = study.images(part), study.cache / "maps"
     maps = extract_maps(backbone, images, [view], cache, suffix.shape, precision=precision)
-    lr = list(maps.lr[0])
+    shifted = []
     for right, down in SHIFTS if shifts else ():
         there = MovedDegradation(**dataclasses.asdict(view), right=right, down=down)
         stores = fill_stores(backbone, images, there, cache, precision=precision, views=["lr"])
-        lr.append(stores["lr"].open_rows())
+        shifted.append(stores["lr"].open_rows())
     for site in blocks:
         suffix.attach(site, copy.deepcopy(transfers_of(model)[site.name]))
     suffix.eval()
-    hr, (seen, flipped, *shifted) = (
-        [shown_of(suffix, maps, rows)[head.name] for rows in several]
-        for several in (maps.hr[:2], lr)
+
+    def seen(rows: MappedRows) -> Tensor:
+        return shown_of(suffix, maps, rows)[head.name]
+
+    (hr, hr_flipped), (lr, lr_flipped) = maps.hr[:2], maps.lr[0][:2]
+    nothing = torch.empty(0)
+    return Through(
+        seen(hr),
+        seen(lr),
+        seen(hr_flipped) if flips else nothing,
+        seen(lr_flipped) if flips else nothing,
+        tuple(map(seen, shifted)),
     )
-    return Through(hr[0], hr[1], seen, flipped, tuple(shifted))

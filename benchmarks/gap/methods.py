@@ -31,7 +31,7 @@ from featxfer_integrations.mechanism.attach import attached_sites
 def plain(study: Study, view: Degradation, seed: int) -> list[Figures]:
     """HR, LR, and the average of LR features over the image and its mirror image."""
     train, test = (study.features(part, view) for part in PARTS)
-    rows, tested = (through_blocks(study, study.model, part, view) for part in PARTS)
+    rows, tested = (through_blocks(study, study.model, part, view, flips=True) for part in PARTS)
     return [
         study.judge(Transferred(train.hr, test.hr, test.hr)),
         study.judge(Transferred(train.lr, test.lr, test.hr)),
@@ -122,8 +122,8 @@ def judge_model(study: Study, model: nn.Module, view: Degradation, fit: Found) -
     """Figures of blocks, of all that is attached, and of its averages over flips and shifts."""
     head = head_of(model)
     blocks = [module for module in transfers_of(model).values() if module is not head]
-    train = through_blocks(study, model, "train", view)
-    test = through_blocks(study, model, "test", view, shifts=True)
+    train = through_blocks(study, model, "train", view, flips=True)
+    test = through_blocks(study, model, "test", view, flips=True, shifts=True)
     six = [head.transfer(rows) for rows in (test.lr, test.lr_flipped, *test.lr_shifted)]
     found = []
     for rows in (

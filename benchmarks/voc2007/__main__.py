@@ -17,7 +17,11 @@ _sizes = numbers(int, "integers such as 20,100")
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 100})
-@click.option("--methods", help="Rows besides baselines, with commas.  [default: every one]")
+@click.option(
+    "--methods",
+    help="Rows besides the baselines, with commas: nearest, paired, hidden, random, centroids, "
+    "pca, ridge, head, blocks.  [default: every one]",
+)
 @click.option("--root", type=Path, help="A devkit in VOC layout. Default: the rendered sample.")
 @click.option("--download", is_flag=True, help="Download VOC2007 (md5 checked) into --cache.")
 @click.option("--tar", type=Path, multiple=True, help="VOC2007's archives on disk, instead.")

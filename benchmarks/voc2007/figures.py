@@ -43,10 +43,12 @@ def gap_bars(results: dict[str, Any]) -> str:
         for label, row in reversed(table.items())
         if not label.startswith("Baseline") and row.get("retrain gap")
     ]
-    config = results["config"]
-    data = "synthetic images" if results["data"]["synthetic"] else config["data"]
+    config, size = results["config"], results["config"]["degradation"]["lr_size"]
+    data = f"{config['data']} {config['splits'][1]}"
+    if results["data"]["synthetic"]:
+        data = "synthetic images"
     return chart(
-        f"Gap recovered, {config['degradation']['lr_size']} pixels, {data}, {protocol} SVMs",
+        f"Gap recovered on {data} at {size} pixels, {protocol} SVMs",
         ("SVMs on HR features, never changed", "SVMs retrained on the method's LR features"),
         rows,
     )
@@ -82,7 +84,7 @@ def tsne(bench: Bench) -> bytes:
     for group in groups:
         points |= _projected({name: panels[name] for name in group})
     figure = new_figure(7.4, 4.2)
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, 3, sharex=len(groups) == 1, sharey=len(groups) == 1)
     for axis, (title, found) in zip(axes, points.items(), strict=True):
         for c, name in enumerate(names):
             axis.scatter(*found[colours == c].T, s=9, color=f"C{c}", label=name)

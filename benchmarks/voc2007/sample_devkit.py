@@ -21,8 +21,8 @@ SPLITS = ("trainval", "test")
 def render_sample(
     root: Path,
     *,
-    trainval: int = 500,
-    test: int = 400,
+    trainval: int = 360,
+    test: int = 240,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:

@@ -191,38 +191,46 @@ def found_in_words(results: Mapping[str, Any]) -> list[str]:
         for name in ("the paper's head", METHODS["prototypes"].label)
     )
     if BLOCKS.label in table:
-        row, others = table[BLOCKS.label], []
-        for name, label in (("a head", head), ("ridge regression", METHODS["ridge"].label)):
-            if label in table:
-                others.append(f"{name} {_gap(table[label], 'deploy')}")
+        row = table[BLOCKS.label]
+        others = [
+            f"{name} {_gap(table[label], 'deploy')}, and {_hr(table[label]['hr loss'])}"
+            for name, label in (("a head", head), ("ridge regression", METHODS["ridge"].label))
+            if label in table
+        ]
         said.append(
-            f"Blocks, trained without labels and without touching a filter, give back "
-            f"{_gap(row, 'deploy')} of that, and HR images {_changes(row['hr loss']['mean'])}"
-            + (f"; {' and '.join(others)}." if others else ".")
+            "Blocks, trained without labels and without touching a filter, give back "
+            f"{_gap(row, 'deploy')} of that, and {_hr(row['hr loss'])}"
+            + "".join(f"; {other}" for other in others)
+            + "."
         )
     if paper and "retrain gap" in table[paper]:
-        plain = table["Baseline-LR"]["retrain"]["mean"]
+        rows = {
+            "the outputs of the paper's head": paper,
+            "LR features through blocks": BLOCKS.label,
+        }
+        found = [
+            f"on {name} {table[label]['retrain']['mean']:.1f} ({_gap(table[label], 'retrain')} of "
+            "the gap)"
+            for name, label in rows.items()
+            if label in table
+        ]
         said.append(
-            f"SVMs that are trained anew on LR images reach {plain:.1f}; on the outputs of the "
-            f"paper's head {table[paper]['retrain']['mean']:.1f}, which is "
-            f"{_gap(table[paper], 'retrain')} of their gap"
-            + (
-                f", and behind blocks {_gap(table[BLOCKS.label], 'retrain')}."
-                if BLOCKS.label in table
-                else "."
-            )
+            "SVMs that are trained anew on plain LR features reach "
+            f"{table['Baseline-LR']['retrain']['mean']:.1f} mAP; {', '.join(found)}."
         )
     return said
 
 
 def _gap(row: Mapping[str, Any], of: str) -> str:
-    return f"{round(row[f'{of} gap']['mean']) + 0}%"
+    return f"{row[f'{of} gap']['mean']:.1f}%"
 
 
-def _changes(loss: float) -> str:
-    if abs(loss) < 0.05:
-        return "lose nothing"
-    return f"{'lose' if loss > 0 else 'gain'} {abs(loss):.1f} mAP"
+def _hr(loss: Mapping[str, Any]) -> str:
+    """What HR images lose; nothing where the interval holds 0."""
+    low, high, mean = loss["low"], loss["high"], loss["mean"]
+    if abs(mean) < 0.05 or (low is not None and low <= 0 <= high):
+        return "HR images lose nothing"
+    return f"HR images {'lose' if mean > 0 else 'gain'} {abs(mean):.1f} mAP"
 
 
 def _short(name: str) -> str:

@@ -63,6 +63,6 @@ def test_the_readmes_counts_are_those_of_the_committed_results() -> None:
     assert "\n".join(lines) in (FOLDER / "README.md").read_text()
     attached = [verdict for verdict in results["timm"].values() if verdict == "attached"]
     readme = (FOLDER.parents[1] / "README.md").read_text()
-    assert f"{len(attached):,}\nof timm's {len(results['timm']):,} models" in readme
+    assert f"{len(attached):,} of timm's {len(results['timm']):,}" in readme
     assert f"all {len(results['torchvision'])} of torchvision's" in readme
     assert set(results["torchvision"].values()) == {"attached"}

@@ -89,10 +89,17 @@ def test_what_was_found_is_said_in_three_lines_with_figures() -> None:
     assert len(said) == 3
     assert "at 32 pixels and not at 224" in said[0]
     assert "from 80.0 to 50.0 mAP" in said[0]
-    assert "give back 52% of that, and HR images lose 0.5 mAP; a head 20%" in said[1]
-    assert "reach 60.0" in said[2]
-    assert "58.0, which is -10% of their gap, and behind blocks 55%" in said[2]
+    assert "give back 52.0% of that, and HR images lose nothing; a head 20.0%" in said[1]
+    assert "reach 60.0 mAP" in said[2]
+    assert "of the paper's head 58.0 (-10.0% of the gap)" in said[2]
+    assert "through blocks 71.0 (55.0% of the gap)" in said[2]
     assert tables.render(results(FOUND)).endswith("\n".join(said) + "\n")
+
+
+def test_what_hr_images_lose_is_said_where_it_is_more_than_chance() -> None:
+    table = {**FOUND, "ridge regression": row([60.0], **{"deploy gap": [9.0], "hr loss": [5.0]})}
+    said = tables.found_in_words(results(table))[1]
+    assert said.endswith("; ridge regression 9.0%, and HR images lose 5.0 mAP.")
 
 
 def test_no_gap_is_said() -> None:

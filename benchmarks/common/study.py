@@ -80,7 +80,7 @@ class Study:
             with labels; the second tests.
 
     Raises:
-        DevkitError: no such split, or one without a positive image of a class.
+        DevkitError: no such split.
         ValueError: an image that is in both.
     """
 

@@ -92,7 +92,7 @@ def paper(study: Study, view: Degradation, seed: int) -> Fit:
 
 
 def halves(study: Study, seed: int) -> tuple[Images, Images]:
-    """The trainval images in two halves."""
+    """The images to train on, in two halves."""
     images = study.images("train")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     cut = len(order) // 2

@@ -112,7 +112,7 @@ def _panels(bench: Bench, rows: np.ndarray) -> dict[str, Tensor]:
 
 
 def _projected(panels: dict[str, Tensor]) -> dict[str, Any]:
-    """Points in two dimensions by panel, of all panels at once; outliers are left at the edge."""
+    """Points in two dimensions by panel, by one projection of all panels."""
     from sklearn.manifold import TSNE
 
     every = torch.cat(list(panels.values())).numpy()

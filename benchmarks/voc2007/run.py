@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.common import table
 from benchmarks.common.intervals import summarise
-from benchmarks.common.study import Study
+from benchmarks.common.study import PARTS, Study
 from benchmarks.common.versions import versions
 from benchmarks.voc2007.curve import measure_curve
 from benchmarks.voc2007.methods import Sizes, Transfer, paper_rows, table_methods
@@ -39,9 +40,13 @@ class Bench:
         """The sizes of Table 1's head."""
         return Sizes(self.options.clusters, self.options.hidden, self.options.labels)
 
-    def judged_by(self, protocol: str) -> Study:
-        """The study under a protocol."""
-        return dataclasses.replace(self.study, protocol=PROTOCOLS[protocol])
+    @cached_property
+    def studies(self) -> dict[str, Study]:
+        """The study under each protocol; each has its model and features once."""
+        return {
+            name: dataclasses.replace(self.study, protocol=PROTOCOLS[name])
+            for name in self.options.protocols
+        }
 
 
 def open_bench(options: Options) -> Bench:
@@ -77,7 +82,7 @@ def _open_devkit(options: Options) -> VOCDevkit:
 
 def _check(options: Options, study: Study) -> None:
     """Raises what labels, missing images and too many clusters would raise after the long work."""
-    for part in ("train", "test"):
+    for part in PARTS:
         study.images(part)
         study.labels(part)
     for protocol in options.protocols:
@@ -140,7 +145,7 @@ def _table(bench: Bench, protocol: str) -> dict[str, Any]:
     options = bench.options
     methods = table_methods(bench.transfer, bench.sizes)
     asked = {name: methods[name] for name in methods if name in {"hr", "lr", *options.methods}}
-    rows = table.run(bench.judged_by(protocol), asked, options.degradation, options.seeds)
+    rows = table.run(bench.studies[protocol], asked, options.degradation, options.seeds)
     found = table.with_gaps(rows)
     for label, runs in rows.items():
         classes, svms = ([run[name] for run in runs] for name in ("classes", "svms"))
@@ -157,7 +162,7 @@ def _grid(bench: Bench, grid: tuple[Sequence[int], Sequence[int]]) -> list[dict[
     for protocol, k, hidden in product(options.protocols, *grid):
         sizes = Sizes(k, hidden, options.labels)
         row = paper_rows(bench.transfer, sizes)[options.labels]
-        study, method = bench.judged_by(protocol), {options.labels: row.method}
+        study, method = bench.studies[protocol], {options.labels: row.method}
         (runs,) = table.run(study, method, options.degradation, options.seeds).values()
         summary = summarise([run["retrain"] for run in runs])
         cells.append({"protocol": protocol, "clusters": k, "hidden": hidden, "map": summary})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,3 +152,19 @@ def interrupted_after(what: str, epoch: int) -> Iterator[None]:
 
     with told_of_epochs(interrupt), pytest.raises(KeyboardInterrupt):
         yield
+
+
+def assert_half_precision_is_trained_in_full(
+    detector: nn.Module, images: Path, cache: Path, trains: str, site: str
+) -> None:
+    """What a detector in bfloat16 gets is what one in float32 gets, rounded."""
+    whole = copy.deepcopy(detector.bfloat16())
+    fit_detector(detector, images, cache, trains, site=site)
+    for module in transfers_of(detector).values():
+        assert {value.dtype for value in module.parameters()} == {torch.bfloat16}
+    float_host = whole.float()
+    fit_detector(float_host, images, cache, trains, site=site)
+    for mine, wanted in zip(
+        transfers_of(detector).parameters(), transfers_of(float_host).parameters(), strict=True
+    ):
+        assert torch.equal(mine, wanted.bfloat16())

@@ -14,20 +14,7 @@ from torch import Tensor, nn
 
 from featxfer import FeatureTransferBlock, FeatureTransferHead
 from featxfer_integrations import attach_transfer, transfer_disabled
-
-
-class Tiny(nn.Module):
-    """A convolution, pooling and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.pool(self.stem(images)))
-        return logits
+from tests.integrations.models import Tiny
 
 
 def make(name: str) -> tuple[Any, tuple[int, ...]]:

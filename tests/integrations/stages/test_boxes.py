@@ -36,6 +36,7 @@ from tests.integrations.conftest import failing
 from tests.integrations.fitting import (
     HEADS,
     SCALED,
+    assert_half_precision_is_trained_in_full,
     assert_trained_and_saved,
     detect,
     fit_detector,
@@ -235,16 +236,7 @@ def test_heads_of_the_regression_branch_and_of_named_modules(
 def test_half_precision_detectors_are_trained_in_full(
     detector: nn.Module, discs: Path, tmp_path: Path
 ) -> None:
-    whole = copy.deepcopy(detector.bfloat16())
-    fit_detector(detector, discs, tmp_path, "heads", site="boxes")
-    for module in transfers_of(detector).values():
-        assert {value.dtype for value in module.parameters()} == {torch.bfloat16}
-    float_host = whole.float()
-    fit_detector(float_host, discs, tmp_path, "heads", site="boxes")
-    for mine, wanted in zip(
-        transfers_of(detector).parameters(), transfers_of(float_host).parameters(), strict=True
-    ):
-        assert torch.equal(mine, wanted.bfloat16())
+    assert_half_precision_is_trained_in_full(detector, discs, tmp_path, "heads", "boxes")
 
 
 def test_images_of_other_kinds_and_broken_ones(

@@ -24,6 +24,7 @@ from tests.integrations.conftest import failing
 from tests.integrations.fitting import (
     SCALED,
     WHOLE,
+    assert_half_precision_is_trained_in_full,
     assert_trained_and_saved,
     fit_blocks,
     fit_detector,
@@ -63,16 +64,7 @@ def test_blocks_are_attached_and_nothing_else_changes(
 def test_half_precision_detectors_are_trained_in_full(
     detector: nn.Module, discs: Path, tmp_path: Path
 ) -> None:
-    whole = copy.deepcopy(detector.bfloat16())
-    fit_detector(detector, discs, tmp_path, "blocks", site="fpn")
-    for module in transfers_of(detector).values():
-        assert {value.dtype for value in module.parameters()} == {torch.bfloat16}
-    float_host = whole.float()
-    fit_detector(float_host, discs, tmp_path, "blocks", site="fpn")
-    for mine, wanted in zip(
-        transfers_of(detector).parameters(), transfers_of(float_host).parameters(), strict=True
-    ):
-        assert torch.equal(mine, wanted.bfloat16())
+    assert_half_precision_is_trained_in_full(detector, discs, tmp_path, "blocks", "fpn")
 
 
 def test_images_without_proposals(by_hand: Any, discs: Path, tmp_path: Path) -> None:

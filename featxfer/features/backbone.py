@@ -25,11 +25,13 @@ class Preprocessing:
         mean: per RGB channel, of pixels in [0, 1].
         std: per RGB channel, > 0.
         input_size: the only side, in pixels, that the backbone takes; None if it takes any.
+        bgr: whether it takes blue first; `mean` and `std` are per RGB channel in any case.
     """
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     input_size: int | None = None
+    bgr: bool = False
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 `(n, 3, h, w)` -> float32, channels last, normalised."""
@@ -37,8 +39,9 @@ class Preprocessing:
             torch.tensor(v, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
             for v in (self.mean, self.std)
         )
-        images = pixels.to(torch.float32) / 255
-        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+        images = (pixels.to(torch.float32) / 255 - mean) / std
+        images = images.flip(1) if self.bgr else images
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
+import warnings
+from functools import cache
+from importlib.metadata import version
 
 from torch import nn
 
@@ -35,8 +38,23 @@ def host_named(module: str) -> Host:
 def host_of(model: nn.Module) -> Host:
     """The host that owns a model; `Host()`, which asks to be told more, where none does.
 
-    A built-in host is imported where its library has been, as that of a model has.
+    A built-in host is imported where its library has been, as that of a model has. One of a version
+    that is not tested is warned of, once.
     """
     modules = (module for module, library in _BUILT_IN.items() if library in sys.modules)
     hosts = itertools.chain(_REGISTERED, map(host_named, modules))
-    return next((host for host in hosts if host.owns(model)), Host())
+    host = next((host for host in hosts if host.owns(model)), Host())
+    if host.tested:
+        _warn_if_untested(host.tested)
+    return host
+
+
+@cache
+def _warn_if_untested(tested: str) -> None:
+    package, covered = tested.split()
+    if not version(package).startswith(covered):
+        warnings.warn(
+            f"{package} {version(package)}: featxfer was tested with {covered}*, and what is known "
+            "of its models may have changed; attached_runs says whether what is attached acts",
+            stacklevel=3,
+        )

@@ -42,6 +42,9 @@ class Host:
     name = "torch"
     """In the names of models on cards and in caches."""
 
+    tested = ""
+    """A package, and how its versions begin that tests cover, `"transformers 5."`; others warn."""
+
     site = "head"
     """Where `attach_transfer` attaches unless told."""
 

@@ -45,21 +45,21 @@ def attached_runs(
     if run is None:
         run = partial(host_of(model).answers, model)
     with frozen(model):
-        plain = _numbers(run(batch))
+        plain = numbers_of(run(batch))
         if not any(value.numel() for value in plain):
             raise ValueError("batch: the model's result for it has no numbers, wanted some")
-        if not _are_equal(plain, _numbers(run(batch))):
+        if not are_equal(plain, numbers_of(run(batch))):
             raise ValueError("batch: the model gives another result for it each time")
         acts = {}
         for name, transfers in hosts.items():
             for site in transfers:
                 with attach.disturbed(transfers, site):
-                    changed = not _are_equal(plain, _numbers(run(batch)))
+                    changed = not are_equal(plain, numbers_of(run(batch)))
                 acts[site if len(hosts) == 1 else name.removesuffix(CHILD) + site] = changed
         return acts
 
 
-def _numbers(value: Any, depth: int = 6) -> list[Tensor]:
+def numbers_of(value: Any, depth: int = 6) -> list[Tensor]:
     """The numbers in whatever a model returns; objects may hold each other, so not for ever."""
     if isinstance(value, int | float | np.ndarray | np.generic):
         value = torch.as_tensor(value)
@@ -71,10 +71,11 @@ def _numbers(value: Any, depth: int = 6) -> list[Tensor]:
         value = list(vars(value).values())
     if not isinstance(value, list | tuple) or not depth:
         return []
-    return [tensor for part in value for tensor in _numbers(part, depth - 1)]
+    return [tensor for part in value for tensor in numbers_of(part, depth - 1)]
 
 
-def _are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+def are_equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether two results of `numbers_of` are the same, bit for bit."""
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 

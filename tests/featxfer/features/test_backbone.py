@@ -256,6 +256,15 @@ def test_preprocessing_by_hand() -> None:
     torch.testing.assert_close(images[0, :, 0, 1], torch.tensor([1.0, 0.75, 0.5]))
 
 
+def test_blue_comes_first_where_the_backbone_takes_it_so() -> None:
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.1)
+    red_first = Preprocessing(mean, std)(pixels)
+    blue_first = Preprocessing(mean, std, bgr=True)(pixels)
+    assert torch.equal(blue_first, red_first[:, [2, 1, 0]])
+    assert not torch.equal(blue_first, red_first)
+
+
 def test_the_weights_hash_follows_every_value_name_and_dtype(backbone: Backbone) -> None:
     module = backbone.module
     before = weights_sha256(module)

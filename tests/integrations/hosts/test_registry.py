@@ -228,3 +228,15 @@ def test_a_host_that_names_what_is_not_there_attaches_nothing() -> None:
 def test_a_site_says_what_is_wrong_with_it(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"site: got side=.*, wanted 'input' or 'output'"):
         Site(**{"name": "head", "modules": ("out",), **given})
+
+
+def test_a_version_that_is_not_tested_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featxfer_integrations.hosts._REGISTERED", [])
+    host = DeepHost()
+    host.tested = "torch 0.1."
+    register_host(host)
+    with pytest.warns(
+        UserWarning, match=r"torch [\d.]+\S*: featxfer was tested with 0\.1\.\*, and"
+    ):
+        host_of(Deep())
+    assert host_of(Deep()) is host

@@ -172,6 +172,10 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert lines[start + 1].startswith("python3 -m venv .venv && .venv/bin/pip install -e '.[all]'")
 
 
+def test_the_readme_has_under_150_lines() -> None:
+    assert len((CORE.parent / "README.md").read_text().splitlines()) < 150
+
+
 def test_the_table_of_kinds_names_tests_that_are_there() -> None:
     folder = Path(__file__).parent
     named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?", (folder / "README.md").read_text())

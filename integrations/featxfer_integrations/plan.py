@@ -94,7 +94,7 @@ def plan(
     blocks, heads = ([s for s in sites if s.is_block == of] for of in (True, False))
     if not blocks:
         return [PooledStage(task, place) for place in heads]
-    first = _through(task, blocks, ShownAt(heads or [asked.head()]), square)
+    first = _through(task, blocks, ShownAt(heads or asked.targets()), square)
     if isinstance(first, MapsStage):
         return [first, *(PooledStage(task, place, first) for place in heads)]
     if heads:
@@ -193,10 +193,11 @@ class _Asked:
         place = {name: index for index, name in reversed(list(enumerate(passed)))}
         return sorted(sites, key=lambda site: place.get(next(iter(site.modules), ""), len(passed)))
 
-    def head(self) -> Site:
-        """The pooled feature, towards which blocks are trained unless told."""
+    def targets(self) -> list[Site]:
+        """What blocks are trained towards unless told: what the host says, the pooled feature."""
         try:
-            return self.host.measured(self.model, self.host.head(self.model), self.square)
+            found = self.host.targets(self.model)
+            return [self.host.measured(self.model, site, self.square) for site in found]
         except AttachError as error:
             raise AttachError(
                 f"targets: wanted what LR images have to match, modules' names or a function, for "

@@ -21,9 +21,6 @@ from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module
 INPUT_SIZE = 224
 """Side of an image where a model does not say its own, in pixels."""
 
-REDUCTIONS = (16, 32)
-"""Blocks of classifiers go where a stage ends whose maps are so many times less than the image."""
-
 LR_SIZE = 32
 """Side of the small image by default, pixels; less where the model's own images are smaller."""
 
@@ -73,6 +70,10 @@ class Host:
     def head(self, model: Any) -> Site:
         """After pool5: where the classifier's input is. Raises `AttachError` where it has none."""
         raise no_site(model, "site: wanted the name of a module whose output is the feature")
+
+    def targets(self, model: Any) -> list[Site]:
+        """What LR images have to match where blocks are trained: the pooled feature."""
+        return [self.head(model)]
 
     def stages(self, model: Any) -> list[str]:
         """Names of the modules that end a stage of maps, from the highest resolution."""
@@ -219,6 +220,11 @@ class Host:
                 "channels are; name another module, or put one behind it that pools the maps"
             )
         return found
+
+
+def is_of(model: nn.Module, package: str) -> bool:
+    """Whether a model's class, or a base of it, is of a package."""
+    return any(cls.__module__.partition(".")[0] == package for cls in type(model).__mro__)
 
 
 def does_not_run(image: Tensor, error: Exception, so: str) -> ProbeError:

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from featxfer import Preprocessing
 from featxfer_integrations.hosts import base
 from featxfer_integrations.hosts.load import BackboneError
+from featxfer_integrations.hosts.resolutions import block_places
 from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.site import AttachError, Site
-
-ISOTROPIC = 6
-"""From so many entries of one resolution on, blocks go after a third and two thirds of them."""
 
 
 class Timm(base.Host):
@@ -28,7 +26,7 @@ class Timm(base.Host):
 
     def owns(self, model: nn.Module) -> bool:
         """Whether its class, or a base of it, is timm's."""
-        return any(cls.__module__.partition(".")[0] == "timm" for cls in type(model).__mro__)
+        return base.is_of(model, "timm")
 
     def model_name(self, model: Any) -> str:
         """As `load_backbone` takes it; a model made by hand goes by its class."""
@@ -81,15 +79,8 @@ class Timm(base.Host):
         return [str(entry["module"]) for entry in _entries(model)]
 
     def blocks(self, model: Any) -> list[str]:
-        """The last entry of `feature_info` of each deep reduction, where it names its module.
-
-        Of models with one resolution throughout (ViT), those after a third and two thirds.
-        """
-        entries = _entries(model)
-        last = {entry.get("reduction"): str(entry["module"]) for entry in entries}
-        if len(last) == 1 and len(entries) >= ISOTROPIC:
-            return [str(entries[i * len(entries) // 3 - 1]["module"]) for i in (1, 2)]
-        return [last[reduction] for reduction in base.REDUCTIONS if reduction in last]
+        """Where `block_places` says, of the entries of `feature_info` that name their module."""
+        return block_places({str(e["module"]): e.get("reduction", 0) for e in _entries(model)})
 
     def prefix_tokens(self, model: Any) -> int:
         """Class and register tokens."""
@@ -134,9 +125,10 @@ HOST = Timm()
 
 
 def _entries(model: Any) -> list[dict[str, Any]]:
-    """Those entries of `feature_info` that name their module."""
-    info = getattr(model, "feature_info", None) or []
-    return [entry for entry in getattr(info, "info", info) if entry.get("module")]
+    """Those entries of `feature_info` that name their module; a list of modules is none."""
+    info, lists = getattr(model, "feature_info", None) or [], nn.ModuleList
+    named = [entry for entry in getattr(info, "info", info) if entry.get("module")]
+    return [e for e in named if not isinstance(model.get_submodule(str(e["module"])), lists)]
 
 
 def _classifiers(model: Any) -> dict[str, nn.Module]:

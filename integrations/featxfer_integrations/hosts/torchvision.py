@@ -8,14 +8,13 @@ from typing import Any
 
 import torchvision
 import torchvision.models
-from torch import Tensor, nn
+from torch import nn
 
 from featxfer import Preprocessing
-from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts import base
 from featxfer_integrations.hosts.load import BackboneError
-from featxfer_integrations.mechanism.capture import watched
-from featxfer_integrations.mechanism.site import CHILD, PLANES, AttachError, Site
+from featxfer_integrations.hosts.resolutions import block_places, reductions
+from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
 
 
 class Torchvision(base.Host):
@@ -72,32 +71,12 @@ class Torchvision(base.Host):
 
     def stages(self, model: Any) -> list[str]:
         """The last layer of each resolution of the feature maps, from the highest one."""
-        return list(self._layers_by_reduction(model).values())
+        found = reductions(self, model, _layers(model))
+        return [name for _, name in sorted({r: name for name, r in found.items()}.items())]
 
     def blocks(self, model: Any) -> list[str]:
-        """The last layer that gives maps of each deep reduction, where there is one."""
-        last = self._layers_by_reduction(model)
-        return [last[reduction] for reduction in base.REDUCTIONS if reduction in last]
-
-    def _layers_by_reduction(self, model: nn.Module) -> dict[int, str]:
-        """Names of the last layers that give maps of 1/2, 1/4, ... of the image; from one run.
-
-        Layers are the model's children, and the children of lists of layers among them.
-        """
-        size = self.input_size(model)
-        last: dict[int, str] = {}
-
-        def note(name: str, output: object) -> None:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else ()
-            if len(shape) == 4:
-                nhwc = shape[1] == shape[2] != shape[3]
-                side = shape[PLANES["nhwc" if nhwc else "nchw"][0]]
-                if 1 < side < size:
-                    last[round(size / side)] = name
-
-        with watched(model, _layers(model), after=note), frozen(model):
-            model(base.black_image(model, size, size))
-        return dict(sorted(last.items()))
+        """Where `block_places` says, of the layers."""
+        return block_places(reductions(self, model, _layers(model)))
 
     def model_names(self) -> Iterable[str]:
         """Names of torchvision's image classification models."""
@@ -141,7 +120,11 @@ class Torchvision(base.Host):
 HOST = Torchvision()
 
 
-def _layers(model: nn.Module) -> Iterator[str]:
+def _layers(model: Any) -> Iterator[str]:
+    """The model's children, and the children of lists of layers among them."""
+    if isinstance(model, torchvision.models.VisionTransformer):
+        yield from (f"encoder.layers.{name}" for name, _ in model.encoder.layers.named_children())
+        return
     for name, child in model.named_children():
         if isinstance(child, nn.Sequential | nn.ModuleList):
             yield from (f"{name}.{inner}" for inner, _ in child.named_children())

@@ -135,7 +135,8 @@ def hook_modules(host: nn.Module, site: Site) -> None:
     for name in site.modules:
         module = host.get_submodule(name)
         if site.side == "output":
-            module.register_forward_hook(partial(_transfer_output, transfers, site.name))
+            hook = partial(_transfer_output, transfers, site.name)
+            module.register_forward_hook(hook, prepend=True)  # what others record is transferred
         elif gives_clusters(transfers[site.name]):
             module.forward = partial(_pass_by, transfers, site.name, module)
         else:

@@ -203,9 +203,12 @@ class Site:
             return known(self, layout="rows", width=shape[1])
         if len(shape) == 3:
             high, wide = (side // math.gcd(*sides) for side in sides)
-            scale = math.isqrt((shape[1] - self.prefix) // (high * wide))
-            extent = (high * scale, wide * scale)
-            prefix = self.prefix or shape[1] - math.prod(extent)
+            for prefix in (self.prefix, 0):  # some models add their class token later
+                scale = math.isqrt((shape[1] - prefix) // (high * wide))
+                extent = (high * scale, wide * scale)
+                if math.prod(extent) == shape[1] - prefix:
+                    break
+            prefix = shape[1] - math.prod(extent)
             return known(self, layout="tokens", width=shape[2], prefix=prefix, extent=extent)
         if len(shape) != 4:
             raise self.refused(shape)

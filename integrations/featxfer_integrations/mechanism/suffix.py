@@ -135,6 +135,17 @@ class Suffix(FrozenCopy):
 
     def _skip(self, stage: str) -> None:
         """Replaces the site's module by the kept maps, and all that is done before by nothing."""
+        done, maps = self._before(stage, self._image)
+        others, _ = self._before(stage, self._image.flip(-1))
+        seen = [name for name, output in done.items() if not _are_same(output, others[name])]
+        for name in seen:  # others, such as embeddings of positions, are the same for all images
+            if not any(name.startswith(f"{other}.") for other in seen):
+                self.host.get_submodule(name).forward = partial(_empty, self._kept, done[name])
+        returned = partial(_kept_maps, self._kept, self.site, maps)
+        self.host.get_submodule(stage).forward = returned
+
+    def _before(self, stage: str, image: Tensor) -> tuple[dict[str, Any], Any]:
+        """What each module returns that is done before the site's, and what that returns."""
         done: dict[str, Any] = {}
         passed: list[Any] = []
 
@@ -146,12 +157,14 @@ class Suffix(FrozenCopy):
 
         names = [name for name, _ in self.host.named_modules() if name]
         with watched(self.host, names, after=note):
-            self.show(self.host, self._image)
-        for name, output in done.items():
-            if not any(name.startswith(f"{other}.") for other in done):
-                self.host.get_submodule(name).forward = partial(_empty, self._kept, output)
-        returned = partial(_kept_maps, self._kept, self.site, passed[0])
-        self.host.get_submodule(stage).forward = returned
+            self.show(self.host, image)
+        return done, passed[0]
+
+
+def _are_same(output: Any, other: Any) -> bool:
+    """Whether two things that a module returned hold the same tensors."""
+    pairs = zip(pytree.tree_leaves(output), pytree.tree_leaves(other), strict=True)
+    return all(torch.equal(*pair) for pair in pairs if isinstance(pair[0], Tensor))
 
 
 def _kept_maps(kept: _Kept, site: Site, recorded: Any, *_: Any, **__: Any) -> Any:

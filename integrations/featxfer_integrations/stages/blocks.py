@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from abc import abstractmethod
@@ -56,8 +57,10 @@ def block_width(host: Host, model: nn.Module, sites: Sequence[Site], side: int |
             raise
         image = black_image(model, side, side)
         sites = [host.measured(model, site, image) for site in sites]
-    with frozen(model), FlopCounterMode(display=False) as counter:
-        run_host(model, sites[0], image)
+    # the counter stumbles over parameters that are passed to modules
+    still = copy.deepcopy(model).requires_grad_(False)
+    with frozen(still), FlopCounterMode(display=False) as counter:
+        run_host(still, sites[0], image)
     allowed = SHARE * counter.get_total_flops() / 2
     with torch.device("meta"):
         for width in range(WIDEST, NARROWEST, -8):

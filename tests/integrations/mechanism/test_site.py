@@ -283,6 +283,7 @@ def test_a_head_may_follow_tokens() -> None:
         ((1, 201, 8), 5, (224, 224), (5, (14, 14))),
         ((1, 25, 8), 0, (64, 96), (1, (4, 6))),
         ((1, 255, 8), 3, (224, 288), (3, (14, 18))),
+        ((1, 16, 8), 1, (64, 64), (0, (4, 4))),  # its class token is added later
     ],
 )
 def test_the_grid_of_tokens_is_in_the_images_proportion(

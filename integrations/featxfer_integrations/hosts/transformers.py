@@ -1,0 +1,194 @@
+"""Hugging Face's image models: classifiers, backbones, and the image towers of CLIP and SigLIP."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoImageProcessor
+
+from featxfer import Preprocessing
+from featxfer.features.backbone import frozen
+from featxfer_integrations.hosts import base
+from featxfer_integrations.hosts.resolutions import block_places, passed_by, reductions
+from featxfer_integrations.mechanism.site import AttachError, Lens, Site, no_site
+
+
+class Transformers(base.Host):
+    """Models of transformers that take images."""
+
+    name = "transformers"
+    tested = "transformers 5."
+    behind = base.classifiers_behind
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether its class, or a base of it, is transformers'."""
+        return base.is_of(model, "transformers")
+
+    def model_name(self, model: Any) -> str:
+        """Where it was loaded from; a model made by hand goes by its class."""
+        return f"transformers/{model.config._name_or_path or type(model).__name__}"
+
+    def preprocessing(self, model: Any) -> Preprocessing:
+        """That of the image processor saved beside the model."""
+        return preprocessing_of(model)
+
+    def input_size(self, model: Any) -> int:
+        """What the configuration says; 224 where it says none."""
+        sides = _sides(getattr(_config(model), "image_size", None) or base.INPUT_SIZE)
+        if sides[0] != sides[1]:
+            raise AttachError(f"model: it takes images of {sides}, wanted square ones")
+        return sides[0]
+
+    def image(self, model: Any) -> Tensor:
+        """A black image of the size and channels that the configuration says."""
+        size = self.input_size(model)
+        shape = (1, getattr(_config(model), "num_channels", 3), size, size)
+        return base.black_image(model, size, size).new_zeros(shape)
+
+    def answers(self, model: Any, batch: Any) -> Any:
+        """What the model says of images, of one that reads texts too the images' features."""
+        return _image_features(model, batch) if _reads_texts(model) else model(batch)
+
+    def head(self, model: Any) -> Site:
+        """Before the classifier; else the projected feature, or `pooler_output`."""
+        run = _image_features if _reads_texts(model) else None
+        classifiers = _classifiers(model)
+        if classifiers:
+            width = base.input_width(model.get_submodule(classifiers[0]))
+            return Site("head", classifiers, "input", width, kind="head")
+        if isinstance(getattr(model, "visual_projection", None), nn.Module):
+            return Site("head", ("visual_projection",), kind="head", run=run)
+        if run is not None and isinstance(getattr(model, "vision_model", None), nn.Module):
+            lens = Lens(("pooler_output",))
+            return Site("head", ("vision_model",), kind="head", lens=lens, run=run)
+        if _is_headless(self._says(model)):
+            raise no_site(model, f"site: {type(model).__name__} gives no pooler_output")
+        return Site("head", ("",), kind="head", lens=Lens(("pooler_output",)))
+
+    def targets(self, model: Any) -> list[Site]:
+        """The pooled feature; without one all maps that it gives, or its last tokens."""
+        said = self._says(model)
+        paths: list[tuple[str | int, ...]] = [
+            ("feature_maps", i) for i, _ in enumerate(said.get("feature_maps", ()))
+        ]
+        if not paths and _is_headless(said):
+            paths = [("last_hidden_state",)]
+        if not paths:
+            return [self.head(model)]
+        prefix = self.prefix_tokens(model)
+        return [
+            Site(f"shown{i}", ("",), kind="block", lens=Lens(path), prefix=prefix)
+            for i, path in enumerate(paths)
+        ]
+
+    def stages(self, model: Any) -> list[str]:
+        """Stages, or layers where all have one resolution."""
+        return list(self._reductions(model))
+
+    def blocks(self, model: Any) -> list[str]:
+        """Where `block_places` says."""
+        return block_places(self._reductions(model))
+
+    def prefix_tokens(self, model: Any) -> int:
+        """What comes before the patches: class, distillation and register tokens."""
+        config = _config(model)
+        patch = getattr(config, "patch_size", None)
+        names = _layers(model)
+        if not isinstance(patch, int) or not names or hasattr(config, "depths"):
+            return 0
+        tokens = passed_by(self, model, names[:1])[names[0]]
+        grid = (self.input_size(model) // patch) ** 2
+        return max(0, tokens.shape[1] - grid) if tokens.ndim == 3 else 0
+
+    def after(self, model: Any, name: str, kind: str | None = None) -> Site:
+        """The site after a module; of a model that reads texts too, in its images' part."""
+        run = _image_features if _reads_texts(model) else None
+        return replace(super().after(model, name, kind), run=run)
+
+    def _says(self, model: Any) -> Any:
+        """What it returns for a black image."""
+        with frozen(model):
+            return self.answers(model, self.image(model))
+
+    def _reductions(self, model: Any) -> dict[str, int]:
+        return reductions(self, model, _layers(model))
+
+
+HOST = Transformers()
+
+
+def preprocessing_of(model: Any) -> Preprocessing:
+    """Mean, std and order of channels of the image processor that is saved beside a model.
+
+    Nothing is downloaded. Where there is none, ImageNet's mean and std are taken, with a warning.
+    """
+    name = model.config._name_or_path
+    try:
+        if not name:
+            raise OSError("it was not loaded from a folder or a hub")
+        processor: Any = AutoImageProcessor.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"preprocessing: no image processor is saved beside this {type(model).__name__} "
+            f"({error}), so ImageNet's mean and std are taken; "
+            "FitOptions(preprocessing=Preprocessing(mean, std)) says others",
+            stacklevel=2,
+        )
+        return Preprocessing()
+    scale = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if processor.do_normalize:
+        mean, std = processor.image_mean, processor.image_std
+    return Preprocessing(
+        tuple(value / scale for value in mean),  # type: ignore[arg-type]
+        tuple(value / scale for value in std),  # type: ignore[arg-type]
+        bgr=bool(getattr(processor, "do_flip_channel_order", False)),
+    )
+
+
+def _config(model: Any) -> Any:
+    """What is said of images: by the configuration, or by its part for them."""
+    return getattr(model.config, "vision_config", model.config)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _reads_texts(model: Any) -> bool:
+    """Whether images are only a part of what it takes, as of CLIP."""
+    return model.main_input_name != "pixel_values" and hasattr(model, "get_image_features")
+
+
+def _image_features(model: Any, images: Tensor) -> Any:
+    return model.get_image_features(pixel_values=images)
+
+
+def _is_headless(said: Any) -> bool:
+    """Whether a model gives no pooled feature."""
+    return said.get("pooler_output") is None and "logits" not in said
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Names of the items of the outermost lists of layers in the part that images pass."""
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not name.startswith("text_model.")
+    ]
+    outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+    return [f"{n}.{item}" for n in outermost for item, _ in model.get_submodule(n).named_children()]
+
+
+def _classifiers(model: Any) -> tuple[str, ...]:
+    """Names of the layers behind the body that give the classes' scores, or stand in for them."""
+    body = {name.partition(".")[0] for name in _layers(model)} | {model.base_model_prefix}
+    found = []
+    for name, child in model.named_children():
+        if name not in body and "classifier" in name:
+            layers = [n for n, m in child.named_modules(prefix=name) if not list(m.children())]
+            found.append(layers[-1])
+    return tuple(found)

@@ -24,14 +24,16 @@ from featxfer_integrations import backbone_of, fit_transfer, load_transfers, sav
 @click.argument("test")
 @click.argument("out", type=Path)
 @click.option("--model", "name", required=True, help="Of a hub, or a folder.")
+@click.option("--hr-size", default=224, help="What the model is used at.")
 @click.option("--lr-size", default=32)
 @click.option("--seed", default=0)
 @click.option("--cache", default="cache", envvar="FEATXFER_CACHE")
-def main(train: str, test: str, out: Path, name: str, lr_size: int, seed: int, cache: str) -> None:
+def main(
+    train: str, test: str, out: Path, name: str, hr_size: int, lr_size: int, seed: int, cache: str
+) -> None:
     """TRAIN and TEST: a folder of images, or DEVKIT:split. OUT: for what is trained."""
     plain = AutoModelForImageClassification.from_pretrained(name).eval()
-    size = getattr(plain.config, "image_size", 224)
-    view, photos = Degradation(hr_size=size, lr_size=lr_size), open_photos(train)
+    view, photos = Degradation(hr_size=hr_size, lr_size=lr_size), open_photos(train)
 
     model = AutoModelForImageClassification.from_pretrained(name).eval()
     fit_transfer(model, photos, degradation=view, seed=seed, cache=cache)

@@ -40,7 +40,7 @@ def test_the_classifier_agrees_with_itself_more_often(
     test_photos: Path,
     tmp_path: Path,
 ) -> None:
-    options = ("--model", model, "--lr-size", 12, "--cache", tmp_path / "cache")
+    options = ("--model", model, "--hr-size", 64, "--lr-size", 12, "--cache", tmp_path / "cache")
     printed = figures(main, train_photos, test_photos, tmp_path / "out", *options)
     [before], [after], [hr] = printed["LR, before"], printed["LR, after"], printed["HR, after"]
     assert before < after <= 100

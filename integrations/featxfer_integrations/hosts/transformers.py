@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from featxfer import Preprocessing
+from featxfer import BaseDegradation, Degradation, Preprocessing
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts import base
 from featxfer_integrations.hosts.resolutions import block_places, passed_by, reductions
@@ -41,6 +42,15 @@ class Transformers(base.Host):
         if sides[0] != sides[1]:
             raise AttachError(f"model: it takes images of {sides}, wanted square ones")
         return sides[0]
+
+    def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
+        """Of the size that the image processor makes; without one, of what `input_size` says."""
+        size = self.input_size(model)
+        with suppress(OSError, ValueError):
+            made = _processor_of(model)
+            said = getattr(made, "crop_size", None) or made.size
+            size = said.get("height") or said.get("shortest_edge") or size
+        return Degradation(hr_size=size, lr_size=min(base.LR_SIZE, size))
 
     def image(self, model: Any) -> Tensor:
         """A black image of the size and channels that the configuration says."""
@@ -125,11 +135,8 @@ def preprocessing_of(model: Any) -> Preprocessing:
 
     Nothing is downloaded. Where there is none, ImageNet's mean and std are taken, with a warning.
     """
-    name = model.config._name_or_path
     try:
-        if not name:
-            raise OSError("it was not loaded from a folder or a hub")
-        processor: Any = AutoImageProcessor.from_pretrained(name, local_files_only=True)
+        processor = _processor_of(model)
     except (OSError, ValueError) as error:
         warnings.warn(
             f"preprocessing: no image processor is saved beside this {type(model).__name__} "
@@ -147,6 +154,14 @@ def preprocessing_of(model: Any) -> Preprocessing:
         tuple(value / scale for value in std),  # type: ignore[arg-type]
         bgr=bool(getattr(processor, "do_flip_channel_order", False)),
     )
+
+
+def _processor_of(model: Any) -> Any:
+    """The image processor saved beside a model; `OSError` or `ValueError` where there is none."""
+    name = model.config._name_or_path
+    if not name:
+        raise OSError("it was not loaded from a folder or a hub")
+    return AutoImageProcessor.from_pretrained(name, local_files_only=True)
 
 
 def _config(model: Any) -> Any:

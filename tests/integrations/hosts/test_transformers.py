@@ -220,6 +220,20 @@ def test_the_image_processor_is_the_preprocessing(tmp_path: Path) -> None:
     torch.testing.assert_close(preprocessing_of(model)(pixels), wanted)
 
 
+def test_views_are_of_the_size_that_the_image_processor_makes(tmp_path: Path) -> None:
+    """DINOv2 was trained at 518 pixels and is used at 224."""
+    model = make("dinov2")
+    own = host_of(model).own_degradation
+    assert own(model, HALF) == Degradation(hr_size=64, lr_size=32)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    crop = {"height": 48, "width": 48}
+    transformers.BitImageProcessor(size={"shortest_edge": 56}, crop_size=crop).save_pretrained(
+        tmp_path
+    )
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert own(loaded, HALF) == Degradation(hr_size=48, lr_size=32)
+
+
 def test_a_model_without_an_image_processor_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"ViTForImageClassification \(it was not loaded from"):
         assert preprocessing_of(make("vit")) == Preprocessing()

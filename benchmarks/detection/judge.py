@@ -65,18 +65,19 @@ class Judge:
 
         annotations: list[dict[str, Any]] = []
         for image, known in enumerate(self.objects):
-            for box, label, difficult in zip(
-                known.boxes.tolist(), known.labels.tolist(), known.difficult.tolist(), strict=True
-            ):
-                left, top, right, bottom = box
-                width, height = right - left, bottom - top
+            corners = known.boxes.astype(np.float64)
+            sides = corners[:, 2:] - corners[:, :2]
+            areas = sides.prod(1) if known.areas is None else known.areas
+            boxes = np.hstack([corners[:, :2], sides])
+            parts = (boxes, areas, known.labels, known.difficult)
+            for box, area, label, difficult in zip(*(p.tolist() for p in parts), strict=True):
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
                         "image_id": image,
                         "category_id": label,
-                        "bbox": [left, top, width, height],
-                        "area": width * height,
+                        "bbox": box,
+                        "area": area,
                         "iscrowd": int(difficult),
                     }
                 )

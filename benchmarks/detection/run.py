@@ -21,7 +21,9 @@ from benchmarks.detection.detectors import TRAINING, trained
 from benchmarks.detection.judge import COLUMNS, Detections, Judge
 from benchmarks.detection.methods import DetectionMethod, Setting
 from benchmarks.detection.pictures import side_by_side
-from featxfer import BaseDegradation, ScaledDegradation, VOCDevkit
+from featxfer import BaseDegradation, Images, ScaledDegradation, VOCDevkit
+from featxfer.evaluation.coco import CocoSet
+from featxfer.evaluation.voc import ObjectBoxes
 from featxfer.features.backbone import describe_module, sha256_of, weights_sha256
 from featxfer_integrations.stages.boxes import BOX_RECIPE
 from featxfer_integrations.stages.pyramid import DETECTOR_RECIPE
@@ -33,6 +35,30 @@ BATCH = 4
 
 CURVE = (2, 4, 8, 12, 16, 24, 32)
 """How many times smaller images are of which the plain detector's AP is told."""
+
+
+@dataclass(frozen=True)
+class CocoSplits:
+    """Sets in COCO's layout, of the same classes, in a devkit's place: by the split's name."""
+
+    sets: Mapping[str, CocoSet]
+
+    def __post_init__(self) -> None:
+        if len({part.classes for part in self.sets.values()}) > 1:
+            raise ValueError("--coco: got sets of other classes, wanted those trained on")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names."""
+        return next(iter(self.sets.values())).classes
+
+    def images(self, split: str) -> Images:
+        """Of a split."""
+        return self.sets[split].images
+
+    def boxes(self, split: str) -> Sequence[ObjectBoxes]:
+        """The objects of each image."""
+        return self.sets[split].boxes
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,7 @@ class DetectionStudy:
     """
 
     kind: str
-    devkit: VOCDevkit
+    devkit: VOCDevkit | CocoSplits
     cache: Path
     weights: str = "demo"
     train: str = "trainval"
@@ -157,7 +183,7 @@ def run(
                 "blocks": DETECTOR_RECIPE.to_dict(),
             },
         },
-        "images": {split: len(study.devkit.ids(split)) for split in (study.train, study.test)},
+        "images": {split: len(study.devkit.images(split)) for split in (study.train, study.test)},
         "versions": {**versions(), "pycocotools": version("pycocotools")},
         "curve": {
             factor: Evaluation(study.judge, [found], []).figures[0]

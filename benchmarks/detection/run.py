@@ -248,9 +248,7 @@ class Evaluation:
             rng.integers(len(self.judge.objects), size=len(self.judge.objects))
             for _ in range(RESAMPLES)
         ]
-        return np.array(
-            [np.mean([part.figures(draw)["AP"] for part in self.evaluated]) for draw in draws]
-        )
+        return np.array([np.mean([part.ap(draw) for part in self.evaluated]) for draw in draws])
 
     def row(self, hr: Evaluation, lr: Evaluation) -> dict[str, Any]:
         """Figures in percent; of the gap in AP between `lr` and `hr` also the 95% interval.
@@ -286,13 +284,7 @@ def summary(results: Mapping[str, Any]) -> str:
         for factor, found in curve
     ]
     parts = [to_markdown(("AP", "AP50"), [("times smaller", str), *by_factor])]
-    columns = [
-        label(),
-        *(figure(name, _number, name) for name in (*COLUMNS, "VOC AP50")),
-        figure("gap in AP, %", _number, "gap"),
-        ("95%", lambda row: _interval(row[1])),
-        figure("HR loses, AP", _number, "HR loses"),
-    ]
+    columns = [*TABLE, figure("HR loses, AP", _number, "HR loses")]
     for factor, table in results["tables"].items():
         heading = f"LR: {factor} times smaller, and back:\n\n"
         parts.append(heading + to_markdown(table.items(), columns))
@@ -307,3 +299,12 @@ def _interval(figures: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None or np.isnan(value) else f"{value:.1f}"
+
+
+TABLE: Sequence[Column[Any]] = (
+    label(),
+    *(figure(name, _number, name) for name in (*COLUMNS, "VOC AP50")),
+    figure("gap in AP, %", _number, "gap"),
+    ("95%", lambda row: _interval(row[1])),
+)
+"""Columns of rows that `Evaluation.row` made, by their labels."""

@@ -106,7 +106,8 @@ def _boxes(
     """The objects of one image."""
     boxes, kinds, crowds, areas = [], [], [], []
     for found in annotations:
-        box, category = found.get("bbox"), found.get("category_id")
+        box: Any = found.get("bbox")
+        category: Any = found.get("category_id")
         crowd, area = found.get("iscrowd", 0), found.get("area", 0)
         for name, is_right, wanted in (
             ("category_id", category in labels, f"one of {tuple(labels)}"),

@@ -94,6 +94,10 @@ def test_figures_over_resampled_images() -> None:
     assert evaluated.figures() == whole
     rows = np.array([0, 1, 2])
     assert evaluated.figures(rows) == whole
+    for drawn in ([0, 0, 2], [1, 1, 1], [0, 1, 2], [1, 0, 1]):
+        assert evaluated.ap(np.array(drawn)) == evaluated.figures(np.array(drawn))["AP"]
+    assert np.isnan(evaluated.ap(np.array([2, 2, 2])))
+    assert evaluated.figures() == whole
 
 
 def test_overlap_and_json() -> None:

@@ -30,7 +30,7 @@ def make() -> nn.Module:
         values[f"{name}.w"] = rng.normal(0, spread, (outputs, inputs, 3, 3)).astype(np.float32)
 
     def convolution(source: str, name: str, stride: int = 1) -> Any:
-        sides = {"strides": [stride] * 2, "pads": [1] * 4}
+        sides: dict[str, Any] = {"strides": [stride] * 2, "pads": [1] * 4}
         return helper.make_node("Conv", [source, f"{name}.w"], [name], name, **sides)
 
     def of(kind: str, *sources: str, name: str, **options: Any) -> Any:

@@ -1,5 +1,6 @@
 """featxfer: label-free transfer of high-resolution features to low-resolution images."""
 
+from featxfer.evaluation.coco import open_coco
 from featxfer.evaluation.metrics import average_precision, gap_recovered
 from featxfer.evaluation.pairs import compare_pairs
 from featxfer.evaluation.protocols import PROTOCOLS, Protocol
@@ -56,6 +57,7 @@ __all__ = [
     "gap_recovered",
     "kmeans",
     "load_head",
+    "open_coco",
     "open_images",
     "pseudo_labels",
     "save_head",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Fit:
     cache: Path
     arguments: Mapping[str, Any]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Of all that it hangs on, before it is run."""
         return fit_key(self.model, self.images, **self.arguments)

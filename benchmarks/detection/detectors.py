@@ -186,7 +186,7 @@ def trained(
     Args:
         kind: a name of `KINDS`.
         images: HR.
-        objects: of each image.
+        objects: of each image; those that are difficult, or crowds, are not trained on.
         classes: their names.
         cache: folder of weights and checkpoints.
         weights: of the backbone, as `load_model` takes them.
@@ -195,6 +195,7 @@ def trained(
     """
     torch.manual_seed(0)
     model = build(kind, len(classes), weights)
+    objects = [_easy(part) for part in objects]
     known = [[part.boxes.tolist(), part.labels.tolist()] for part in objects]
     shape = [STAGES, CHANNELS, SHORT_SIDE, ANCHORS]
     said = [kind, images.fingerprint, known, list(classes), weights, shape, recipe.to_dict()]
@@ -208,3 +209,8 @@ def trained(
         checkpoint.unlink()
     model.load_state_dict(safetensors.torch.load(path.read_bytes()))
     return model.eval()
+
+
+def _easy(known: ObjectBoxes) -> ObjectBoxes:
+    easy = ~known.difficult
+    return ObjectBoxes(known.boxes[easy], known.labels[easy], known.difficult[easy])

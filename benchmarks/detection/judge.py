@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -65,18 +66,19 @@ class Judge:
 
         annotations: list[dict[str, Any]] = []
         for image, known in enumerate(self.objects):
-            for box, label, difficult in zip(
-                known.boxes.tolist(), known.labels.tolist(), known.difficult.tolist(), strict=True
-            ):
-                left, top, right, bottom = box
-                width, height = right - left, bottom - top
+            corners = known.boxes.astype(np.float64)
+            sides = corners[:, 2:] - corners[:, :2]
+            areas = sides.prod(1) if known.areas is None else known.areas
+            boxes = np.hstack([corners[:, :2], sides])
+            parts = (boxes, areas, known.labels, known.difficult)
+            for box, area, label, difficult in zip(*(p.tolist() for p in parts), strict=True):
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
                         "image_id": image,
                         "category_id": label,
-                        "bbox": [left, top, width, height],
-                        "area": width * height,
+                        "bbox": box,
+                        "area": area,
                         "iscrowd": int(difficult),
                     }
                 )
@@ -176,24 +178,37 @@ class Evaluated:
 
         NaN where there is no object of a size.
         """
-        matched = self.evaluation.evalImgs
-        parameters = self.evaluation._paramsEval
-        if chosen is not None:
-            per_image = np.array(matched, dtype=object).reshape(-1, self.images)
-            self.evaluation.evalImgs = list(per_image[:, chosen].ravel())
-        before = self.evaluation.params.imgIds, parameters.imgIds
-        try:
-            if chosen is not None:
-                ids = list(range(len(chosen)))
-                self.evaluation.params.imgIds = parameters.imgIds = ids
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.evaluation.accumulate()
-                self.evaluation.summarize()
-        finally:
-            self.evaluation.evalImgs = matched
-            self.evaluation.params.imgIds, parameters.imgIds = before
+        with self._accumulated(chosen):
+            self.evaluation.summarize()
         stats = self.evaluation.stats[: len(COLUMNS)]
         return {
             name: 100 * float(value) if value >= 0 else float("nan")
             for name, value in zip(COLUMNS, stats, strict=True)
         }
+
+    def ap(self, chosen: npt.NDArray[np.int64]) -> float:
+        """The first figure alone, which takes a tenth of the time."""
+        with self._accumulated(chosen, alone=True):
+            precision = self.evaluation.eval["precision"]
+        known = precision[precision > -1]
+        return 100 * float(known.mean()) if known.size else float("nan")
+
+    @contextlib.contextmanager
+    def _accumulated(
+        self, chosen: npt.NDArray[np.int64] | None, *, alone: bool = False
+    ) -> Iterator[None]:
+        """Inside, the evaluation is that of these images; of objects of all sizes `alone`."""
+        matched, parameters = self.evaluation.evalImgs, self.evaluation._paramsEval
+        before, wanted = parameters.imgIds, copy.copy(self.evaluation.params)
+        if alone:
+            wanted.areaRng, wanted.maxDets = wanted.areaRng[:1], wanted.maxDets[-1:]
+        try:
+            if chosen is not None:
+                per_image = np.array(matched, dtype=object).reshape(-1, self.images)
+                self.evaluation.evalImgs = list(per_image[:, chosen].ravel())
+                wanted.imgIds = parameters.imgIds = list(range(len(chosen)))
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.evaluation.accumulate(wanted)
+                yield
+        finally:
+            self.evaluation.evalImgs, parameters.imgIds = matched, before

@@ -21,7 +21,9 @@ from benchmarks.detection.detectors import TRAINING, trained
 from benchmarks.detection.judge import COLUMNS, Detections, Judge
 from benchmarks.detection.methods import DetectionMethod, Setting
 from benchmarks.detection.pictures import side_by_side
-from featxfer import BaseDegradation, ScaledDegradation, VOCDevkit
+from featxfer import BaseDegradation, Images, ScaledDegradation, VOCDevkit
+from featxfer.evaluation.coco import CocoSet
+from featxfer.evaluation.voc import ObjectBoxes
 from featxfer.features.backbone import describe_module, sha256_of, weights_sha256
 from featxfer_integrations.stages.boxes import BOX_RECIPE
 from featxfer_integrations.stages.pyramid import DETECTOR_RECIPE
@@ -33,6 +35,30 @@ BATCH = 4
 
 CURVE = (2, 4, 8, 12, 16, 24, 32)
 """How many times smaller images are of which the plain detector's AP is told."""
+
+
+@dataclass(frozen=True)
+class CocoSplits:
+    """Sets in COCO's layout, of the same classes, in a devkit's place: by the split's name."""
+
+    sets: Mapping[str, CocoSet]
+
+    def __post_init__(self) -> None:
+        if len({part.classes for part in self.sets.values()}) > 1:
+            raise ValueError("--coco: got sets of other classes, wanted those trained on")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names."""
+        return next(iter(self.sets.values())).classes
+
+    def images(self, split: str) -> Images:
+        """Of a split."""
+        return self.sets[split].images
+
+    def boxes(self, split: str) -> Sequence[ObjectBoxes]:
+        """The objects of each image."""
+        return self.sets[split].boxes
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,7 @@ class DetectionStudy:
     """
 
     kind: str
-    devkit: VOCDevkit
+    devkit: VOCDevkit | CocoSplits
     cache: Path
     weights: str = "demo"
     train: str = "trainval"
@@ -157,7 +183,7 @@ def run(
                 "blocks": DETECTOR_RECIPE.to_dict(),
             },
         },
-        "images": {split: len(study.devkit.ids(split)) for split in (study.train, study.test)},
+        "images": {split: len(study.devkit.images(split)) for split in (study.train, study.test)},
         "versions": {**versions(), "pycocotools": version("pycocotools")},
         "curve": {
             factor: Evaluation(study.judge, [found], []).figures[0]
@@ -222,9 +248,7 @@ class Evaluation:
             rng.integers(len(self.judge.objects), size=len(self.judge.objects))
             for _ in range(RESAMPLES)
         ]
-        return np.array(
-            [np.mean([part.figures(draw)["AP"] for part in self.evaluated]) for draw in draws]
-        )
+        return np.array([np.mean([part.ap(draw) for part in self.evaluated]) for draw in draws])
 
     def row(self, hr: Evaluation, lr: Evaluation) -> dict[str, Any]:
         """Figures in percent; of the gap in AP between `lr` and `hr` also the 95% interval.
@@ -260,13 +284,7 @@ def summary(results: Mapping[str, Any]) -> str:
         for factor, found in curve
     ]
     parts = [to_markdown(("AP", "AP50"), [("times smaller", str), *by_factor])]
-    columns = [
-        label(),
-        *(figure(name, _number, name) for name in (*COLUMNS, "VOC AP50")),
-        figure("gap in AP, %", _number, "gap"),
-        ("95%", lambda row: _interval(row[1])),
-        figure("HR loses, AP", _number, "HR loses"),
-    ]
+    columns = [*TABLE, figure("HR loses, AP", _number, "HR loses")]
     for factor, table in results["tables"].items():
         heading = f"LR: {factor} times smaller, and back:\n\n"
         parts.append(heading + to_markdown(table.items(), columns))
@@ -281,3 +299,12 @@ def _interval(figures: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None or np.isnan(value) else f"{value:.1f}"
+
+
+TABLE: Sequence[Column[Any]] = (
+    label(),
+    *(figure(name, _number, name) for name in (*COLUMNS, "VOC AP50")),
+    figure("gap in AP, %", _number, "gap"),
+    ("95%", lambda row: _interval(row[1])),
+)
+"""Columns of rows that `Evaluation.row` made, by their labels."""

@@ -32,19 +32,21 @@ class ObjectBoxes:
 
     Args:
         boxes: float32 `(n, 4)`: left, top, right, bottom in pixels, from 0, of positive area.
-        labels: int64 `(n,)`, indices of `VOCDevkit.classes`.
-        difficult: bool `(n,)`.
+        labels: int64 `(n,)`, indices of the classes.
+        difficult: bool `(n,)`; neither right nor wrong where detections are judged. COCO's crowds.
         without_area: how many objects were left out since their box has no area.
+        areas: float32 `(n,)`, of the objects' outlines, in pixels; None: those of the boxes.
     """
 
     boxes: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     difficult: npt.NDArray[np.bool_]
     without_area: int = 0
+    areas: npt.NDArray[np.float32] | None = None
 
 
 class DevkitError(ValueError):
-    """A folder that is no VOC devkit, or contradicts itself; the message names the file."""
+    """Files in no devkit's layout, or that contradict themselves; the message names the file."""
 
 
 class VOCDevkit:

@@ -89,12 +89,12 @@ def weights_sha256(
     for name, value in module.state_dict().items():
         if name.startswith(leave_out):
             continue
-        value = value.detach().cpu().contiguous()
+        value = value.detach().cpu()
         if value.is_floating_point():
             value = value if dtype is None else value.to(dtype)
             value = value if value.dtype == torch.float64 else value.float()
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -94,6 +94,10 @@ def test_figures_over_resampled_images() -> None:
     assert evaluated.figures() == whole
     rows = np.array([0, 1, 2])
     assert evaluated.figures(rows) == whole
+    for drawn in ([0, 0, 2], [1, 1, 1], [0, 1, 2], [1, 0, 1]):
+        assert evaluated.ap(np.array(drawn)) == evaluated.figures(np.array(drawn))["AP"]
+    assert np.isnan(evaluated.ap(np.array([2, 2, 2])))
+    assert evaluated.figures() == whole
 
 
 def test_overlap_and_json() -> None:
@@ -151,6 +155,8 @@ def test_training_goes_on_to_the_same_detector(
     assert all(torch.equal(value, whole[name]) for name, value in again.items())
     assert build(kind, 1, "random").state_dict().keys() == whole.keys()
     monkeypatch.setattr("featxfer.PseudoLabelTrainer.fit_rows", None)
+    crowd = [*known[0].boxes.tolist(), [0, 0, 60, 40]]
+    known[0] = objects(crowd, [0, 0], [False, True])  # which is not trained on
     kept = train("one").state_dict()
     assert all(torch.equal(value, whole[name]) for name, value in kept.items())
 
@@ -218,6 +224,52 @@ def test_the_table_of_every_method(
     assert [len(table[label]["AP of seeds"]) for label in ("LR", "blocks on the pyramid")] == [1, 2]
     with Image.open(out / "boxes.png") as picture:
         assert picture.width > picture.height
+
+
+def write_coco(kit: VOCDevkit, split: str, path: Path) -> list[str]:
+    """A split of a devkit as COCO has it, with a class that no image has; arguments of --coco."""
+    names = [f"{name}.jpg" for name in kit.ids(split)]
+    boxes = [known.boxes.tolist()[0] for known in kit.boxes(split)]
+    described = {
+        "categories": [{"id": 3, "name": "box"}, {"id": 5, "name": "none"}],
+        "images": [{"id": 10 * i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [
+            {"id": i, "image_id": 10 * i, "category_id": 3, "bbox": [x, y, x2 - x, y2 - y]}
+            for i, (x, y, x2, y2) in enumerate(boxes)
+        ],
+    }
+    path.write_text(json.dumps(described))
+    return ["--coco", str(path), str(kit.root / "JPEGImages")]
+
+
+@pytest.mark.usefixtures("quick")
+def test_sets_in_cocos_layout_are_judged_as_a_devkit_is(kit: Path, tmp_path: Path) -> None:
+    splits = [write_coco(VOCDevkit(kit), s, tmp_path / f"{s}.json") for s in ("trainval", "test")]
+    usual = ["--weights", "random", "--factors", "2", "--methods", "identity", "--no-figures"]
+    usual += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    run = CliRunner().invoke(main, [*splits[0], *splits[1], *usual])
+    assert run.exit_code == 0, run.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["config"]["classes"] == ["box", "none"]
+    assert results["images"] == {"train": 4, "val": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.detection.__main__.VOCDevkit.classes", ("box", "none"))
+        run = CliRunner().invoke(main, ["--root", str(kit), *usual])
+    same = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert json.dumps(results["tables"]) == json.dumps(same["tables"])
+    for given in (splits[0], [*splits[0], *splits[1], "--root", str(kit)], []):
+        run = CliRunner().invoke(main, given)
+        assert run.exit_code == 2
+        assert "wanted --root, or --coco twice" in run.output
+
+
+def test_sets_of_other_classes_are_refused(kit: Path, tmp_path: Path) -> None:
+    pair = write_coco(VOCDevkit(kit), "test", tmp_path / "a.json")
+    other = tmp_path / "b.json"
+    other.write_text((tmp_path / "a.json").read_text().replace("none", "other"))
+    run = CliRunner().invoke(main, [*pair, "--coco", str(other), pair[2], "--no-figures"])
+    assert run.exit_code == 1
+    assert "--coco: got sets of other classes, wanted those trained on" in run.output
 
 
 @pytest.mark.filterwarnings("ignore:.* not help")

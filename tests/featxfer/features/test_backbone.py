@@ -276,3 +276,13 @@ def test_the_weights_hash_follows_every_value_name_and_dtype(backbone: Backbone)
     with torch.no_grad():
         next(module.buffers())[0] += 1e-6
     assert weights_sha256(module) != before
+
+
+def test_what_is_empty_counts_by_its_name_whatever_its_strides(backbone: Backbone) -> None:
+    """As converters of ONNX files leave it."""
+    plain, hashes = backbone.weights_sha256, set()
+    for empty in (torch.empty(0), torch.empty(0).as_strided((0,), (0,))):
+        backbone.module.register_buffer("empty", empty)
+        hashes.add(backbone.weights_sha256)
+    assert len(hashes) == 1
+    assert plain not in hashes

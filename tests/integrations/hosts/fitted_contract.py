@@ -43,6 +43,7 @@ class Case:
         view: of the images that it is fitted on; with the model's own size.
         preprocessing: of these, where the host would not know.
         site: as `attach_transfer` takes it.
+        targets: as `fit_transfer` takes them.
     """
 
     make: Callable[[], nn.Module]
@@ -51,6 +52,7 @@ class Case:
     view: BaseDegradation
     preprocessing: Preprocessing | None = None
     site: str = "blocks"
+    targets: Sequence[str] | None = None
 
     @torch.no_grad()
     def said(self, model: nn.Module) -> list[Tensor]:
@@ -118,6 +120,7 @@ def check_fitted(case: Case, folder: Path, **options: Any) -> None:
         images,
         degradation=case.view,
         site=case.site,
+        targets=case.targets,
         options=dataclasses.replace(usual, **options),
         cache=folder / "cache",
     )

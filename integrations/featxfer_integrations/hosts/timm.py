@@ -125,10 +125,10 @@ HOST = Timm()
 
 
 def _entries(model: Any) -> list[dict[str, Any]]:
-    """Those entries of `feature_info` that name their module; a list of modules is none."""
-    info, lists = getattr(model, "feature_info", None) or [], nn.ModuleList
-    named = [entry for entry in getattr(info, "info", info) if entry.get("module")]
-    return [e for e in named if not isinstance(model.get_submodule(str(e["module"])), lists)]
+    """Those entries of `feature_info` that name a module that is there, and no list of modules."""
+    info = getattr(model, "feature_info", None) or []
+    known = {n: m for n, m in model.named_modules() if n and not isinstance(m, nn.ModuleList)}
+    return [entry for entry in getattr(info, "info", info) if entry.get("module") in known]
 
 
 def _classifiers(model: Any) -> dict[str, nn.Module]:

@@ -124,5 +124,6 @@ def prove(model: nn.Module, sites: Sequence[Site], image: Tensor) -> None:
     if idle:
         raise AttachError(
             f"model: what is attached at {', '.join(map(repr, idle))} changes nothing that "
-            f"{type(model).__name__} returns: it is not called, or its result is not used"
+            f"{type(model).__name__} returns: it is not called, or its result is not used; name "
+            "others by site="
         )

@@ -82,8 +82,8 @@ class _Kept:
 class Suffix(FrozenCopy):
     """From the maps, tokens or vectors behind `site` to what the model shows, layers frozen.
 
-    It is tried on one preprocessed square `image`, `(1, 3, s, s)`. Raises `AttachError` where what
-    is shown hangs on more than these maps, or they are no module's result.
+    It is tried on one preprocessed square `image`, `(1, 3, s, s)`, and one made of it. Raises
+    `AttachError` where what is shown hangs on more than these maps, or they are no module's result.
     """
 
     def __init__(
@@ -94,20 +94,25 @@ class Suffix(FrozenCopy):
         super().__init__(model, show, precision)
         self.host.to(memory_format=torch.channels_last)
         self.site, self._image, self._kept = site, image[:1].float(), _Kept()
+        other = 1 - 2 * self._image
         with torch.no_grad():
-            maps = take_feature(self.host, site, self._image)
-            wanted = show(self.host, self._image)
-            self._skip(site.modules[0])
+            maps = [take_feature(self.host, site, view) for view in (self._image, other)]
+            wanted = [show(self.host, view) for view in (self._image, other)]
+            self._skip(site.modules[0], other)
             _spare_strided_depthwise(self.host)
-            got = self._replayed(maps, partial(show, self.host))
-        self.shape = tuple(maps.shape[1:])
-        for name, part in {**wanted.maps, **wanted.vectors}.items():
-            close = {**got.maps, **got.vectors}[name]
-            if not torch.allclose(close, part, rtol=1e-3, atol=1e-3 * float(part.abs().max())):
+            try:
+                got = [self._replayed(part, partial(show, self.host)) for part in maps]
+            except Exception as error:  # whatever a foreign model raises
                 raise AttachError(
-                    f"site: what this {type(model).__name__} shows does not come from the maps "
-                    f"after {site.modules[0]!r} alone"
-                )
+                    f"site: this {type(model).__name__} does not run from the maps after "
+                    f"{site.modules[0]!r} alone ({type(error).__name__}: {error})"
+                ) from error
+        self.shape = tuple(maps[0].shape[1:])
+        if not all(map(_are_close, got, wanted)):
+            raise AttachError(
+                f"site: what this {type(model).__name__} shows does not come from the maps "
+                f"after {site.modules[0]!r} alone"
+            )
 
     def maps_at(self, site: Site, maps: Tensor) -> Tensor:
         """The maps that arrive at a site behind the first, through what is attached before."""
@@ -133,12 +138,15 @@ class Suffix(FrozenCopy):
         finally:
             self._kept.maps = torch.empty(0)
 
-    def _skip(self, stage: str) -> None:
-        """Replaces the site's module by the kept maps, and all that is done before by nothing."""
+    def _skip(self, stage: str, other: Tensor) -> None:
+        """Replaces the site's module by the kept maps, and all that is done before by nothing.
+
+        But for what is the same of the `other` image, such as embeddings of positions.
+        """
         done, maps = self._before(stage, self._image)
-        others, _ = self._before(stage, self._image.flip(-1))
+        others, _ = self._before(stage, other)
         seen = [name for name, output in done.items() if not _are_same(output, others[name])]
-        for name in seen:  # others, such as embeddings of positions, are the same for all images
+        for name in seen:
             if not any(name.startswith(f"{other}.") for other in seen):
                 self.host.get_submodule(name).forward = partial(_empty, self._kept, done[name])
         returned = partial(_kept_maps, self._kept, self.site, maps)
@@ -159,6 +167,16 @@ class Suffix(FrozenCopy):
         with watched(self.host, names, after=note):
             self.show(self.host, image)
         return done, passed[0]
+
+
+def _are_close(got: Shown, wanted: Shown) -> bool:
+    """Whether all that is shown is the same, but for rounding."""
+    pairs = [(getattr(got, kind), getattr(wanted, kind)) for kind in ("maps", "vectors")]
+    return all(
+        torch.allclose(some[name], part, rtol=1e-3, atol=1e-3 * float(part.abs().max()))
+        for some, parts in pairs
+        for name, part in parts.items()
+    )
 
 
 def _are_same(output: Any, other: Any) -> bool:

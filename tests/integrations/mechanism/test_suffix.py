@@ -192,6 +192,45 @@ def small_swin() -> nn.Module:
     return made.eval()
 
 
+class Positioned(nn.Module):
+    """Adds what is known before the site's maps are: of an image's shape, or of its content."""
+
+    def __init__(self, known: str) -> None:
+        super().__init__()
+        self.body, self.layer, self.known = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(1, 4), known
+
+    def forward(self, images: Tensor) -> Tensor:
+        size = {
+            "shape": torch.ones(1, 1) * images.shape[3],
+            "mean": images.mean((1, 2, 3))[:, None],
+        }
+        added = self.layer(size[self.known]) if self.known in size else images[:, 0, 0, :4]
+        pooled: Tensor = self.body(images).mean((2, 3))
+        return pooled + added
+
+
+def test_what_is_the_same_for_all_images_is_run() -> None:
+    """As embeddings of positions are, where an image's content would not be known."""
+    image, pooled = maps_of((1, 3, 8, 8)), Site("pooled", ("",), layout="rows", width=4)
+    stage = Site("body", ("body",), layout="nchw", width=4)
+    torch.manual_seed(0)
+    model = Positioned("shape").eval()
+    suffix = suffix_of(model, stage, pooled, image)
+    images = maps_of((3, 3, 8, 8))
+    torch.testing.assert_close(feature_of(suffix, model.body(images)), model(images))
+    for known in ("mean", "pixels"):
+        with pytest.raises(AttachError, match="Positioned shows does not come from the maps"):
+            suffix_of(Positioned(known).eval(), stage, pooled, image)
+
+
+def test_a_model_that_does_not_run_from_the_maps_is_refused() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("visformer_tiny", num_classes=5).eval()
+    stage, pooled = find_site(model, "stage2"), find_site(model)
+    with pytest.raises(AttachError, match=r"Visformer does not run from the maps after 'stage2"):
+        suffix_of(model, stage, pooled, maps_of((1, 3, 224, 224)))
+
+
 def test_maps_with_channels_last_are_averaged_over_their_plane() -> None:
     """The suffix's feature is the one that a head behind `norm` gets."""
     model = small_swin()

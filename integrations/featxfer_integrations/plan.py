@@ -196,12 +196,15 @@ class _Asked:
     def head(self) -> Site:
         """The pooled feature, towards which blocks are trained unless told."""
         try:
-            return self.host.measured(self.model, self.host.head(self.model), self.square)
+            found = self.host.measured(self.model, self.host.head(self.model), self.square)
+            if found.layout == "tokens":
+                raise AttachError(f"tokens pass {found.where}")
         except AttachError as error:
             raise AttachError(
                 f"targets: wanted what LR images have to match, modules' names or a function, for "
                 f"a {type(self.model).__name__} that has no pooled feature ({error})"
             ) from error
+        return found
 
     def goals(self, targets: Targets | None) -> tuple[Show | None, list[str]]:
         """What LR images have to match, as the caller says it; and what a key says of that."""

@@ -56,9 +56,7 @@ def block_width(host: Host, model: nn.Module, sites: Sequence[Site], side: int |
             raise
         image = black_image(model, side, side)
         sites = [host.measured(model, site, image) for site in sites]
-    with frozen(model), FlopCounterMode(display=False) as counter:
-        run_host(model, sites[0], image)
-    allowed = SHARE * counter.get_total_flops() / 2
+    allowed = SHARE * _arithmetic(model, sites[0], image)
     with torch.device("meta"):
         for width in range(WIDEST, NARROWEST, -8):
             blocks = [FeatureTransferBlock(hidden_channels=width, **site.sizes) for site in sites]
@@ -66,6 +64,23 @@ def block_width(host: Host, model: nn.Module, sites: Sequence[Site], side: int |
             if sum(costs) <= allowed:
                 return width
     return NARROWEST
+
+
+def _arithmetic(model: nn.Module, site: Site, image: Tensor) -> float:
+    """Multiply-accumulates of a run; the counter cannot do with parameters that ask for gradients.
+
+    A view of one, as attention pools have it, asks for them too, and has none in a frozen model.
+    """
+    asking = [value for value in model.parameters() if value.requires_grad]
+    try:
+        for value in asking:
+            value.requires_grad_(False)
+        with frozen(model), FlopCounterMode(display=False) as counter:
+            run_host(model, site, image)
+    finally:
+        for value in asking:
+            value.requires_grad_(True)
+    return counter.get_total_flops() / 2
 
 
 def new_modules(task: Task, sites: Sequence[Site]) -> dict[str, TransferModule]:

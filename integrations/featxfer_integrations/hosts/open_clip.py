@@ -44,7 +44,7 @@ class OpenClip(base.Host):
                 stacklevel=2,
             )
             config = vars(open_clip.transform.PreprocessCfg())
-        size = self.input_size(model)
+        size: int | None = self.input_size(model)
         if isinstance(tower, TimmModel):
             size = TIMM.preprocessing(tower.trunk).input_size
         return Preprocessing(tuple(config["mean"]), tuple(config["std"]), size)

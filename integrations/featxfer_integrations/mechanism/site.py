@@ -216,8 +216,8 @@ class Site:
             prefix = self.prefix or shape[1] - math.prod(extent)
             is_grid = prefix + math.prod(extent) == shape[1] > prefix
             is_grid = is_grid and (shape[0] == 1 or shape[1] > 1)  # images first, that is
-            found = known(self, layout="tokens", width=shape[2], prefix=prefix)
-            return known(found, extent=extent if is_grid else None)
+            tokens = known(self, layout="tokens", width=shape[2], prefix=prefix)
+            return known(tokens, extent=extent if is_grid else None)
         if len(shape) != 4:
             raise self.refused(shape)
         found = [name for name, (row, column) in PLANES.items() if shape[row] == shape[column]]

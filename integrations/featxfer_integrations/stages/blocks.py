@@ -80,7 +80,7 @@ def _arithmetic(model: nn.Module, site: Site, image: Tensor) -> float:
     finally:
         for value in asking:
             value.requires_grad_(True)
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2
 
 
 def new_modules(task: Task, sites: Sequence[Site]) -> dict[str, TransferModule]:

@@ -82,7 +82,7 @@ def test_images_that_are_not_square() -> None:
     plain = model.encode_image(images)
     attach_transfer(model, site="blocks", hidden_features=8)
     assert torch.equal(model.encode_image(images), plain)
-    for block in transfers_of(model).values():
-        assert block.config["grid"] == [4, 8]
+    for name in transfers_of(model):
+        assert transfers_of(model)[name].config["grid"] == [4, 8]
     with pytest.raises(AttachError, match=r"they make 8 x 4 patches, wanted .* 4 : 8 of the"):
         model.encode_image(images.mT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import timm
@@ -139,7 +140,7 @@ def test_it_follows_the_models_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_mixed_precision_it_follows_layers_and_no_norm(dtype: torch.dtype) -> None:
     layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, dtype=dtype), nn.BatchNorm2d(8)]
-    model = nn.Sequential(*layers).eval()
+    model: Any = nn.Sequential(*layers).eval()
     with torch.no_grad():
         plain = model(IMAGES.to(dtype))
         attach_transfer(model, site="1", hidden_features=16)

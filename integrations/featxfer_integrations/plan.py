@@ -196,13 +196,17 @@ class _Asked:
     def targets(self) -> list[Site]:
         """What blocks are trained towards unless told: what the host says, the pooled feature."""
         try:
-            found = self.host.targets(self.model)
-            return [self.host.measured(self.model, site, self.square) for site in found]
+            targets = self.host.targets(self.model)
+            found = [self.host.measured(self.model, site, self.square) for site in targets]
+            tokens = [site.where for site in found if site.layout == "tokens" and not site.is_block]
+            if tokens:
+                raise AttachError(f"tokens pass {tokens[0]}")
         except AttachError as error:
             raise AttachError(
                 f"targets: wanted what LR images have to match, modules' names or a function, for "
                 f"a {type(self.model).__name__} that has no pooled feature ({error})"
             ) from error
+        return found
 
     def goals(self, targets: Targets | None) -> tuple[Show | None, list[str]]:
         """What LR images have to match, as the caller says it; and what a key says of that."""

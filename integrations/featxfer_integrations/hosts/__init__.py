@@ -18,6 +18,7 @@ _BUILT_IN = {
     "torchvision": "torchvision",
     "timm": "timm",
     "transformers": "transformers",
+    "open_clip": "open_clip",
 }
 """Modules of this folder, in the order that they are asked, and the library that each is of."""
 

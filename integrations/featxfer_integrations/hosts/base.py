@@ -114,7 +114,7 @@ class Host:
         return module_site(model, name, kind=kind, prefix=self.prefix_tokens(model))
 
     def behind(self, model: Any, site: Site) -> tuple[str, ...]:
-        """Names of the modules that what is trained at a site does not hang on.
+        """Names of the modules, and parameters, that what is trained at a site does not hang on.
 
         Those that run once it has been reached; the inputs alone where the model does not run that
         far on a black image. A module that is not called itself goes with the one around it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -85,6 +86,13 @@ class Timm(base.Host):
     def prefix_tokens(self, model: Any) -> int:
         """Class and register tokens."""
         return int(getattr(model, "num_prefix_tokens", 0))
+
+    def measured(self, model: Any, site: Site, image: Tensor | None = None) -> Site:
+        """As `Host.measured`; CaiT and ConViT add their class token behind most blocks."""
+        found = super().measured(model, site, image)
+        if found.layout == "tokens" and found.extent is None:
+            found = super().measured(model, replace(site, prefix=0), image)
+        return found
 
     def model_names(self) -> Iterable[str]:
         """All of timm's model names, without weights' tags."""

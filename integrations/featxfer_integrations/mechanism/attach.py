@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from featxfer import FeatureTransferBlock
 from featxfer.modules.base import TransferModule
 from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
 
@@ -141,6 +143,9 @@ def hook_modules(host: nn.Module, site: Site) -> None:
             module.forward = partial(_pass_by, transfers, site.name, module)
         else:
             module.register_forward_pre_hook(partial(_transfer_input, transfers, site.name))
+    layers = (module for module in host.modules() if isinstance(module, nn.Conv2d))
+    if site.layout == "tokens" and (patches := next(layers, None)) is not None:
+        patches.register_forward_hook(partial(_check_grid, transfers, site.name))
     _forget_compiled()
 
 
@@ -258,13 +263,20 @@ def check_host(host: nn.Module) -> None:
 
 
 def host_parameter(host: nn.Module) -> Tensor | None:
-    """The host's last floating-point parameter: its device and dtype are followed."""
-    tensors = [
-        value
-        for name, value in host.named_parameters()
-        if value.is_floating_point() and not name.startswith(f"{CHILD}.")
-    ]
-    return tensors[-1] if tensors else None
+    """The weight of the host's last convolution or linear layer: its device and dtype are followed.
+
+    In mixed precision others have another dtype. Of a host without such a layer it is the last
+    floating-point parameter.
+    """
+    last = weight = None
+    for name, module in host.named_modules():
+        if name.partition(".")[0] == CHILD:
+            continue
+        for value in module.parameters(recurse=False):
+            if value.is_floating_point():
+                last = value
+                weight = value if isinstance(module, nn.Linear | _ConvNd) else weight
+    return last if weight is None else weight
 
 
 def host_device(host: nn.Module) -> torch.device:
@@ -287,6 +299,21 @@ def _check_hooks(transfers: Transfers, host: nn.Module, args: object) -> None:
                     f"model: module {name!r}, to which {site.name!r} was attached, was taken away "
                     "or replaced since; detach_transfer and attach again"
                 )
+
+
+def _check_grid(
+    transfers: Transfers, site: str, patches: nn.Module, args: object, output: Tensor
+) -> None:
+    """After what makes patches: raises `AttachError` for a grid that a block takes for another."""
+    block, (rows, columns) = transfers[site], output.shape[-2:]
+    if not isinstance(block, FeatureTransferBlock) or not transfers.enabled:
+        return
+    high, wide = block.grid or (1, 1)
+    if rows * wide != columns * high:
+        raise AttachError(
+            f"images: they make {rows} x {columns} patches, wanted them in the proportion "
+            f"{high} : {wide} of the images that the block at {site!r} was made for"
+        )
 
 
 def _transfer_input(

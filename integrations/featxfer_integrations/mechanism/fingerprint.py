@@ -70,7 +70,9 @@ def backbone_sha256(
     Without what is attached, the classifiers or predictors, and what else runs behind the feature.
     """
     hooked = site.modules if site.side == "output" else ()
-    left_out = [f"{name}." for name in (CHILD, *host.behind(model, site)) if name not in hooked]
+    behind = [name for name in (CHILD, *host.behind(model, site)) if name not in hooked]
+    own = {name for name, _ in model.named_parameters(recurse=False)}
+    left_out = [name if name in own else f"{name}." for name in behind]
     return weights_sha256(model, leave_out=tuple(left_out), dtype=dtype)
 
 
@@ -95,7 +97,7 @@ def model_sha256(model: nn.Module, keep: Sequence[Site] | None = None) -> str:
 def weights_details(host: Host, model: nn.Module, site: Site) -> dict[str, Any]:
     """For a card: the dtype of the weights, and their hash in the dtypes that have less room."""
     said = _dtype_name(model)
-    lower = {} if said in LOWER_DTYPES else LOWER_DTYPES
+    lower = {said: LOWER_DTYPES[said]} if said in LOWER_DTYPES else LOWER_DTYPES
     hashes = {name: backbone_sha256(host, model, site, dtype) for name, dtype in lower.items()}
     return {"dtype": said, "sha256_in": hashes}
 
@@ -103,11 +105,11 @@ def weights_details(host: Host, model: nn.Module, site: Site) -> dict[str, Any]:
 def check_weights(host: Host, model: nn.Module, site: Site, card: Card, source: str) -> None:
     """Raises `ArtifactError` for a card of other weights, in whatever dtype either has them."""
     now, trained = _dtype_name(model), str(card.details.get("dtype", "float32"))
-    wanted, dtype = card.backbone_sha256, None
-    if now in LOWER_DTYPES and now != trained:  # this model's weights were rounded since
-        wanted = str(card.details.get("sha256_in", {}).get(now, ""))
-    elif trained in LOWER_DTYPES:
-        dtype = LOWER_DTYPES[trained]
+    wanted, rounded = card.backbone_sha256, card.details.get("sha256_in", {})
+    lower = now if now in LOWER_DTYPES else trained
+    dtype = LOWER_DTYPES.get(lower)
+    if lower in rounded or lower != trained:  # in mixed precision only some weights are in it
+        wanted = str(rounded.get(lower, ""))
     got = backbone_sha256(host, model, site, dtype)
     if got != wanted:
         of = f"in {trained}" if wanted else f"in {trained} alone"

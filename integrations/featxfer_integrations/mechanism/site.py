@@ -106,7 +106,9 @@ class Site:
         layout: of what passes: "rows" `(n, d)`, "nchw", "nhwc", or "tokens" `(n, t, d)`; None
             until it is known (`measured`).
         prefix: tokens that stand before the grid.
-        extent: rows and columns of maps, or of the grid of tokens, of the image that was tried.
+        extent: rows and columns of maps, or of the grid of tokens, of the image that was tried;
+            None of tokens that are no grid.
+        fixed: whether tokens are of that grid alone, since the host takes images of one size.
         kind: "head" or "block"; None: by what passes.
         lens: how the tensor is taken out of what passes.
         asked: as the caller names the site.
@@ -124,6 +126,7 @@ class Site:
     layout: str | None = None
     prefix: int = 0
     extent: tuple[int, int] | None = None
+    fixed: bool = False
     kind: str | None = None
     lens: Lens = Lens()
     asked: str = "head"
@@ -151,7 +154,7 @@ class Site:
         """Whether a block goes there: where it is said, or where more than one position passes."""
         if self.kind is not None:
             return self.kind == "block"
-        return self.extent is not None and math.prod(self.extent) > 1
+        return self.layout == "tokens" if self.extent is None else math.prod(self.extent) > 1
 
     @property
     def module_class(self) -> type[FeatureTransferBlock] | type[FeatureTransferHead]:
@@ -160,13 +163,18 @@ class Site:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Arguments of a module that fits there."""
+        """Arguments of a module that fits there; `AttachError` for a block on no grid of tokens."""
         if not self.is_block:
             return {"in_features": self.width}
         sizes: dict[str, Any] = {"channels": self.width, "layout": self.layout}
         if self.layout == "tokens":
+            if self.extent is None:
+                raise AttachError(
+                    f"site: {self.where} gives tokens that are no grid of the image's behind "
+                    f"{self.prefix} others, images first; wanted another module, or a head"
+                )
             sizes["prefix_tokens"] = self.prefix
-            if self.extent is not None and self.extent[0] != self.extent[1]:
+            if self.fixed or self.extent[0] != self.extent[1]:
                 sizes["grid"] = self.extent
         return sizes
 
@@ -203,13 +211,13 @@ class Site:
             return known(self, layout="rows", width=shape[1])
         if len(shape) == 3:
             high, wide = (side // math.gcd(*sides) for side in sides)
-            for prefix in (self.prefix, 0):  # some models add their class token later
-                scale = math.isqrt((shape[1] - prefix) // (high * wide))
-                extent = (high * scale, wide * scale)
-                if math.prod(extent) == shape[1] - prefix:
-                    break
-            prefix = shape[1] - math.prod(extent)
-            return known(self, layout="tokens", width=shape[2], prefix=prefix, extent=extent)
+            scale = math.isqrt(max(0, shape[1] - self.prefix) // (high * wide))
+            extent = (high * scale, wide * scale)
+            prefix = self.prefix or shape[1] - math.prod(extent)
+            is_grid = prefix + math.prod(extent) == shape[1] > prefix
+            is_grid = is_grid and (shape[0] == 1 or shape[1] > 1)  # images first, that is
+            tokens = known(self, layout="tokens", width=shape[2], prefix=prefix)
+            return known(tokens, extent=extent if is_grid else None)
         if len(shape) != 4:
             raise self.refused(shape)
         found = [name for name, (row, column) in PLANES.items() if shape[row] == shape[column]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import timm
@@ -134,6 +135,17 @@ def test_it_follows_the_models_dtype(dtype: torch.dtype) -> None:
         assert torch.equal(output, plain)
         model.float()
         assert {value.dtype for value in model.feature_transfer.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_mixed_precision_it_follows_layers_and_no_norm(dtype: torch.dtype) -> None:
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, dtype=dtype), nn.BatchNorm2d(8)]
+    model: Any = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        plain = model(IMAGES.to(dtype))
+        attach_transfer(model, site="1", hidden_features=16)
+        assert {value.dtype for value in model.feature_transfer.parameters()} == {dtype}
+        assert torch.equal(model(IMAGES.to(dtype)), plain)
 
 
 def test_dtype_is_of_what_is_attached_alone() -> None:

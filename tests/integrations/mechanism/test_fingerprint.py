@@ -76,10 +76,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("trained", DTYPES)
 @pytest.mark.parametrize("deployed", DTYPES)
+@pytest.mark.parametrize("mixed", [False, True])
 def test_the_dtype_of_weights_is_apart_from_their_hash(
-    trained: torch.dtype, deployed: torch.dtype, tmp_path: Path
+    trained: torch.dtype, deployed: torch.dtype, mixed: bool, tmp_path: Path
 ) -> None:
-    model = attach_transfer(make_branched().to(trained), site="pool")
+    """Also in mixed precision, where norms stay in float32."""
+    model = make_branched().to(trained)
+    if mixed:
+        model.norm.float()
+    attach_transfer(model, site="pool")
     site = find_site(model, "pool")
     card = Card(
         "Tiny", backbone_sha256(host_of(model), model, site), (Degradation(),),
@@ -88,6 +93,8 @@ def test_the_dtype_of_weights_is_apart_from_their_hash(
     transfers_of(model)["pool"].card = card
     save_transfers(model, tmp_path)
     other = make_branched().to(deployed)
+    if mixed and trained == deployed:
+        other.norm.float()
     if {trained, deployed} == {torch.float16, torch.bfloat16}:  # neither is a rounding of the other
         with pytest.raises(ValueError, match=r"with weights \w+ in \w+ alone"):
             load_transfers(other, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,7 +284,6 @@ def test_a_head_may_follow_tokens() -> None:
         ((1, 201, 8), 5, (224, 224), (5, (14, 14))),
         ((1, 25, 8), 0, (64, 96), (1, (4, 6))),
         ((1, 255, 8), 3, (224, 288), (3, (14, 18))),
-        ((1, 16, 8), 1, (64, 64), (0, (4, 4))),  # its class token is added later
     ],
 )
 def test_the_grid_of_tokens_is_in_the_images_proportion(
@@ -301,3 +301,36 @@ def test_the_grid_of_tokens_is_in_the_images_proportion(
 def test_other_shapes_are_no_feature(shape: tuple[int, ...]) -> None:
     with pytest.raises(AttachError, match=r"site: x gives \(1,.*wanted vectors \(n, d\), maps"):
         Site("x", ("x",)).shaped(shape)
+
+
+def test_tokens_that_are_no_grid_take_a_head_and_no_block() -> None:
+    """Queries of a pool behind a class token, and tokens of which images are the second axis."""
+    for shape, prefix in (((1, 10, 8), 2), ((9, 1, 8), 0)):
+        site = Site("x", ("x",), prefix=prefix).shaped(shape, sides=(64, 64))
+        assert site is not None
+        assert (site.layout, site.width, site.is_block) == ("tokens", 8, True)
+        with pytest.raises(AttachError, match=f"no grid of the image's behind {prefix} others"):
+            _ = site.sizes
+        assert dataclasses.replace(site, kind="head").sizes == {"in_features": 8}
+
+
+@torch.no_grad()
+def test_images_of_another_proportion_than_a_blocks_are_refused() -> None:
+    """Of 128 x 32 pixels there are as many patches as of 64 x 64, in another order."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"img_size": 64, "dynamic_img_size": True, "num_classes": 5}
+    model = timm.create_model("test_vit", **options).eval()
+    sizes = [(64, 64), (96, 96), (96, 64), (128, 32)]
+    images = [torch.randn(2, 3, *sides) for sides in sizes]
+    plain = [model(part) for part in images]
+    attach_transfer(model, site="blocks", hidden_features=8)
+    for part, wanted in zip(images[:2], plain[:2], strict=True):
+        assert torch.equal(model(part), wanted)
+    for part, found in zip(images[2:], ("6 x 4", "8 x 2"), strict=True):
+        for run in (model, model.forward_features):
+            message = f"images: they make {found} patches, wanted them in the proportion 1 : 1 of"
+            with pytest.raises(AttachError, match=message):
+                run(part)
+    with transfer_disabled(model):
+        assert torch.equal(model(images[3]), plain[3])
+    assert torch.equal(detach_transfer(model)(images[3]), plain[3])

@@ -78,6 +78,27 @@ def test_blocks_are_as_wide_as_the_arithmetic_of_the_models_own_images_allows() 
     )
 
 
+def test_arithmetic_is_counted_where_a_module_takes_a_view_of_a_parameter() -> None:
+    """As attention pools do with their query; what asks for gradients is as it was."""
+
+    class Pooled(OfOneSize):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.kept = nn.Parameter(torch.ones(1, 6)), nn.Linear(6, 5)
+            self.kept.requires_grad_(False)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            features: torch.Tensor = self.kept(self.query.expand(len(images), -1))
+            return features + super().forward(images)
+
+    model = Pooled().eval()
+    asking = [value.requires_grad for value in model.parameters()]
+    host = host_of(model)
+    (site,) = find_sites(host, model, "conv")
+    assert block_width(host, model, [site], 16) == 16
+    assert [value.requires_grad for value in model.parameters()] == asking
+
+
 def test_a_model_of_another_size_that_says_none_gets_blocks() -> None:
     """Its arithmetic is that of an image of the views' size."""
 

@@ -91,13 +91,13 @@ def check_attached(case: Case) -> None:
     assert are_equal(case.said(model), plain)
 
 
-def draw_textures(folder: Path, count: int = 24) -> list[Path]:
+def draw_textures(folder: Path, count: int = 24, side: int = 64) -> list[Path]:
     """Images of coloured blobs with one fine texture, which LR images lose: soon learned."""
     rng, files = np.random.default_rng(0), []
-    texture = 60 * (np.indices((64, 64, 1)).sum(0) % 4 // 2 * 2 - 1)
+    texture = 60 * (np.indices((side, side, 1)).sum(0) % 4 // 2 * 2 - 1)
     for index in range(count):
         blobs = Image.fromarray(rng.integers(60, 196, (4, 4, 3), dtype=np.uint8))
-        pixels = np.asarray(blobs.resize((64, 64), Image.Resampling.BICUBIC), dtype=np.int16)
+        pixels = np.asarray(blobs.resize((side, side), Image.Resampling.BICUBIC), dtype=np.int16)
         files.append(folder / f"{index:02d}.png")
         Image.fromarray(np.clip(pixels + texture, 0, 255).astype(np.uint8)).save(files[-1])
     return files
@@ -105,7 +105,8 @@ def draw_textures(folder: Path, count: int = 24) -> list[Path]:
 
 def check_fitted(case: Case, folder: Path, **options: Any) -> None:
     """A fit on 24 images brings held-out LR images nearer, and is saved and loaded whole."""
-    model, images = case.make(), draw_textures(folder)
+    side = getattr(case.view, "hr_size", 64)
+    model, images = case.make(), draw_textures(folder, side=side)
     state = state_of(model)
     recipe = dataclasses.replace(QUICK, epochs=12, batch_size=6, learning_rate=5e-3)
     usual = FitOptions(

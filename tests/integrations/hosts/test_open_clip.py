@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from featxfer import Card, Degradation, Preprocessing, open_images
 from featxfer_integrations import (
+    FitOptions,
     attach_transfer,
     attached_runs,
     backbone_of,
+    fit_transfer,
     host_of,
     load_transfers,
     save_transfers,
@@ -142,6 +144,20 @@ def test_a_head_after_the_tower_keeps_the_same_promises(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet alone"])
 def test_a_fit_brings_images_nearer_and_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     check_fitted(case_of(name), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:blocks do not help")
+def test_tokens_that_captions_hang_on_may_be_matched_too(drawings: Path, tmp_path: Path) -> None:
+    model, images = make("coca"), open_images(sorted(drawings.iterdir())[:24])
+    options = FitOptions(block_recipe=GENTLE, held_out=0.25, precision="fp32")
+    view = Degradation(hr_size=32, lr_size=8)
+    fit = fit_transfer(
+        model, images, degradation=view, targets=["visual.attn_pool"], options=options,
+        cache=tmp_path,
+    )  # fmt: skip
+    assert list(transfers_of(model)) == [name.replace(".", "_") for name in SITES["coca"]]
+    (part,) = fit.held_out
+    assert part.pairs > 6, "tokens of six images that were held out"
 
 
 SITES = {

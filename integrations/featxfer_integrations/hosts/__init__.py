@@ -8,12 +8,17 @@ import sys
 import warnings
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 from torch import nn
 
 from featxfer_integrations.hosts.base import Host
 
-_BUILT_IN = {"torchvision_detection": "torchvision", "torchvision": "torchvision", "timm": "timm"}
+_BUILT_IN = {
+    "torchvision_detection": "torchvision",
+    "torchvision": "torchvision",
+    "timm": "timm",
+}
 """Modules of this folder, in the order that they are asked, and the library that each is of."""
 
 _REGISTERED: list[Host] = []
@@ -47,6 +52,11 @@ def host_of(model: nn.Module) -> Host:
     if host.tested:
         _warn_if_untested(host.tested)
     return host
+
+
+def unwrapped(model: Any) -> Any:
+    """The module in a library's object around a model, as its host says; else the model itself."""
+    return host_of(model).unwrapped(model)
 
 
 @cache

@@ -18,6 +18,8 @@ _BUILT_IN = {
     "torchvision_detection": "torchvision",
     "torchvision": "torchvision",
     "timm": "timm",
+    "ultralytics": "ultralytics",
+    "ultralytics_classification": "ultralytics",
 }
 """Modules of this folder, in the order that they are asked, and the library that each is of."""
 

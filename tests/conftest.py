@@ -17,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # of several at once, each has a core t
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
+os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false"}  # of ultralytics
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

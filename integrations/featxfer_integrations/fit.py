@@ -30,9 +30,15 @@ from featxfer.features.backbone import sha256_of
 from featxfer.modules.base import TransferModule
 from featxfer.training.pseudo_labels import LabelDiagnostics
 from featxfer.views.images import ImageSource
-from featxfer_integrations.hosts import host_of
+from featxfer_integrations.hosts import host_of, unwrapped
 from featxfer_integrations.hosts.base import find_sites
-from featxfer_integrations.mechanism.attach import attached_at, attached_sites, check_host, install
+from featxfer_integrations.mechanism.attach import (
+    attached_at,
+    attached_sites,
+    check_host,
+    install,
+    transfers_of,
+)
 from featxfer_integrations.mechanism.fingerprint import backbone_at
 from featxfer_integrations.mechanism.site import Site
 from featxfer_integrations.options import FitOptions
@@ -123,9 +129,12 @@ def fit_transfer(
     stages = plan(model, images, degradation, site, targets, options, cache, seed)
     for stage in stages:
         stage.run()
+    inner = stages[0].task.model
     for stage in stages:
         for place in stage.sites:
-            _put(model, place, stage.modules[place.name])
+            _put(inner, place, stage.modules[place.name])
+    if inner is not model:
+        transfers_of(inner).share()
     for stage in stages:
         stage.checkpoint.unlink(missing_ok=True)
     for stage in stages:
@@ -188,6 +197,7 @@ def backbone_of(
     For plain features of a model with its classifier (`extract_features`), its preprocessing, and
     the name and hash that a `Card` wants. Arguments and errors as those of `fit_transfer`.
     """
+    model = unwrapped(model)
     check_host(model)
     host = host_of(model)
     heads = [place for place in attached_sites(model) if not place.is_block]

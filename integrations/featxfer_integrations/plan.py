@@ -20,7 +20,7 @@ from featxfer.console import tell
 from featxfer.features.backbone import frozen
 from featxfer.features.extract import check_readable, default_cache, write_skipped
 from featxfer.views.images import ImageSource
-from featxfer_integrations.hosts import host_of
+from featxfer_integrations.hosts import host_of, unwrapped
 from featxfer_integrations.hosts.base import Host, ProbeError, black_image, find_sites
 from featxfer_integrations.mechanism.attach import (
     attached_at,
@@ -55,6 +55,7 @@ def plan(
     seed: int,
 ) -> list[Stage]:
     """The stages of a fit, after all checks that need no training."""
+    model = unwrapped(model)
     check_host(model)
     options = FitOptions() if options is None else options
     if not isinstance(options, FitOptions):

@@ -12,7 +12,7 @@ torchvision's detectors: "boxes": a head where the features of boxes meet the pr
 the class scores alone; of detectors without proposals (RetinaNet, FCOS, SSD) at each position
 before the last convolution of the classification branch, of SSD a head a level. "backbone": blocks
 after the backbone's last maps of 1/8, 1/16 and 1/32 of the image; "fpn": a block at each level of
-what the backbone returns; or one of these ("boxes_class3").
+what the backbone returns; or one of these ("boxes_class3"). Ultralytics' detectors: "backbone".
 
 With output "clusters" the feature becomes the paper's k cluster logits. The classifier does not fit
 them: it stays in the model, with its weights in the `state_dict`, but is passed by, and the model
@@ -32,7 +32,7 @@ from featxfer import ArtifactError, BaseDegradation, load_head, save_head
 from featxfer.modules.artifact import check_fit
 from featxfer.modules.base import TransferModule
 from featxfer.modules.hub import find_files
-from featxfer_integrations.hosts import host_of
+from featxfer_integrations.hosts import host_of, unwrapped
 from featxfer_integrations.hosts.base import Host, find_sites
 from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.fingerprint import check_weights
@@ -61,8 +61,8 @@ def attach_transfer(
     takes the model's device, dtype and training mode.
 
     Args:
-        model: a timm or torchvision classification model, with its classifier or headless; a
-            torchvision detector; a model of a registered host; any other module with `site`.
+        model: of a known host (timm, torchvision, ultralytics, one that is registered), or any
+            other module with `site`; ultralytics' `YOLO` stands for the model in it.
         head: a FeatureTransferHead or FeatureTransferBlock; a folder or hub id of a saved one; None
             for a new one.
         site: where, by default "head" or a detector's "boxes"; see the module's description.
@@ -71,9 +71,8 @@ def attach_transfer(
         hidden_features: of a new head; of a new block its `hidden_channels`.
         branch: of detectors' "boxes": "class", or "both", so that boxes are transferred too.
         in_features: the feature's width, where only running the model would tell it and an image
-            of the size that the model says (224 x 224 if it says none) is not what it takes.
-        degradation: of the images that will be seen; a module that was trained on others is warned
-            of.
+            of the size that it says (or 224 x 224) is not what it takes.
+        degradation: of images that will be seen; a module that was trained on others is warned of.
         dtype: of what is attached, by default the model's; torch.bfloat16 halves its size.
 
     Raises:
@@ -83,6 +82,7 @@ def attach_transfer(
         ArtifactError: a saved module that is damaged, of another width or for another backbone.
         FileNotFoundError: no such folder or hub id.
     """
+    outer, model = model, unwrapped(model)
     attach.check_host(model)
     _check_arguments(head, output, hidden_features, dtype)
     host = host_of(model)
@@ -98,7 +98,9 @@ def attach_transfer(
         modules = [given]
     for place, module in zip(sites, modules, strict=True):
         attach.install(model, place, module, dtype)
-    return model
+    if outer is not model:
+        attach.transfers_of(model).share()
+    return outer
 
 
 def _new_modules(
@@ -213,6 +215,7 @@ def load_transfers(
         FileNotFoundError: nothing is saved there.
         ArtifactError: as `attach_transfer`.
     """
+    outer, model = model, unwrapped(model)
     attach.check_host(model)
     if attach.is_attached(model):
         raise AttachError("model: something is attached already; detach_transfer first")
@@ -225,12 +228,12 @@ def load_transfers(
         for module in modules:
             details = _details(module)
             named = {name: details[name] for name in ("site", "branch") if name in details}
-            attach_transfer(model, module, degradation=degradation, **named)
+            attach_transfer(outer, module, degradation=degradation, **named)
     except Exception:
         if attach.is_attached(model):
             attach.uninstall(model)
         raise
-    return model
+    return outer
 
 
 def _details(module: TransferModule) -> dict[str, Any]:
@@ -242,7 +245,7 @@ def detach_transfer(model: M) -> M:
 
     Raises `AttachError` if nothing is attached.
     """
-    attach.uninstall(model)
+    attach.uninstall(unwrapped(model))
     return model
 
 

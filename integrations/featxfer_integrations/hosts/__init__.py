@@ -8,6 +8,7 @@ import sys
 import warnings
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,8 @@ _BUILT_IN = {
     "timm": "timm",
     "transformers": "transformers",
     "open_clip": "open_clip",
+    "ultralytics": "ultralytics",
+    "ultralytics_classification": "ultralytics",
 }
 """Modules of this folder, in the order that they are asked, and the library that each is of."""
 
@@ -53,6 +56,11 @@ def host_of(model: nn.Module) -> Host:
     if host.tested:
         _warn_if_untested(host.tested)
     return host
+
+
+def unwrapped(model: Any) -> Any:
+    """The module in a library's object around a model, as its host says; else the model itself."""
+    return host_of(model).unwrapped(model)
 
 
 @cache

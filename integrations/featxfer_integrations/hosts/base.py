@@ -55,6 +55,11 @@ class Host:
         """Whether the model is of this library."""
         return False
 
+    def unwrapped(self, model: Any) -> nn.Module:
+        """The module to attach to: the model, or the one that an object around it runs."""
+        wanted: nn.Module = model
+        return wanted
+
     def model_name(self, model: Any) -> str:
         """As `load_backbone` takes it where it can; for cards and caches."""
         return type(model).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,11 +21,13 @@ from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
 
 T = TypeVar("T")
 
-_DISABLED: ContextVar[frozenset[int]] = ContextVar("_DISABLED", default=frozenset())
-"""`id` of each `Transfers` that is disabled, in this thread (or task) and in no other."""
+_DISABLED: ContextVar[frozenset[int | str]] = ContextVar("_DISABLED", default=frozenset())
+"""`key` of each `Transfers` that is disabled, in this thread (or task) and in no other."""
 
-_DISTURBED: ContextVar[frozenset[tuple[int, str]]] = ContextVar("_DISTURBED", default=frozenset())
-"""`id` of a `Transfers` and site where features are disturbed, in this thread."""
+_DISTURBED: ContextVar[frozenset[tuple[int | str, str]]] = ContextVar(
+    "_DISTURBED", default=frozenset()
+)
+"""`key` of a `Transfers` and site where features are disturbed, in this thread."""
 
 
 class Transfers(nn.ModuleDict):
@@ -33,16 +36,30 @@ class Transfers(nn.ModuleDict):
     It is a child of the host and not of the hooked modules, since these may be replaced
     (`reset_classifier`), may be several that share one head, or run their children (`Sequential`).
     A host that is a `Sequential` runs this module last: it returns what it gets.
+
+    Attributes:
+        sites: where it acts, by name.
+        origin: where the host is run as copies of it, by a predictor say, what these share.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sites: dict[str, Site] = {}
+        self.origin = ""
+
+    def share(self) -> None:
+        """From now on copies are disabled with it; those that were made before are not."""
+        self.origin = uuid.uuid4().hex
+
+    @property
+    def key(self) -> int | str:
+        """By which it is disabled: its own, or that of its copies too."""
+        return self.origin or id(self)
 
     @property
     def enabled(self) -> bool:
         """Whether it acts in this thread, see `transfer_disabled`."""
-        return id(self) not in _DISABLED.get()
+        return self.key not in _DISABLED.get()
 
     def __getitem__(self, key: str) -> TransferModule:
         """What is attached at a site."""
@@ -60,7 +77,7 @@ class Transfers(nn.ModuleDict):
             return value
         lens = self.sites[site].lens
         features = lens.get(value)
-        if (id(self), site) in _DISTURBED.get():
+        if (self.key, site) in _DISTURBED.get():
             features = _disturb(features)
         return lens.put(value, self[site](features))
 
@@ -78,7 +95,7 @@ def transfers_of(host: nn.Module) -> Transfers:
 
     The same is `host.feature_transfer`. Raises `AttachError` if nothing is attached.
     """
-    found = host._modules.get(CHILD)
+    found = getattr(host, CHILD, None)  # what wraps a host may pass its attributes on
     if not isinstance(found, Transfers):
         inner = [name for name, module in host.named_modules() if CHILD in module._modules]
         told = f", something is to its module {inner[0]!r}: pass that" if inner else ""
@@ -88,7 +105,7 @@ def transfers_of(host: nn.Module) -> Transfers:
 
 def is_attached(host: nn.Module) -> bool:
     """Whether something is attached to `host` itself."""
-    return isinstance(host._modules.get(CHILD), Transfers)
+    return isinstance(getattr(host, CHILD, None), Transfers)
 
 
 def attached_at(host: nn.Module, site: Site) -> TransferModule | None:
@@ -204,14 +221,14 @@ def transfer_disabled(host: nn.Module) -> Iterator[None]:
 
     Raises `AttachError` if nothing is attached.
     """
-    with _within(_DISABLED, id(transfers_of(host))):
+    with _within(_DISABLED, transfers_of(host).key):
         yield
 
 
 @contextmanager
 def disturbed(transfers: Transfers, site: str) -> Iterator[None]:
     """Inside, what arrives at `site` is changed a lot, so that whatever hangs on it changes."""
-    with _within(_DISTURBED, (id(transfers), site)):
+    with _within(_DISTURBED, (transfers.key, site)):
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from featxfer.features.backbone import frozen
 from featxfer.modules.base import TransferModule
-from featxfer_integrations.hosts import host_of
+from featxfer_integrations.hosts import host_of, unwrapped
 from featxfer_integrations.hosts.base import does_not_run
 from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.capture import take_feature, watched
@@ -39,6 +39,7 @@ def attached_runs(
         AttachError: nothing is attached.
         ValueError: a result without numbers, or another one each time.
     """
+    model = unwrapped(model)
     hosts = {n: m for n, m in model.named_modules() if isinstance(m, attach.Transfers) and len(m)}
     if not hosts:
         attach.transfers_of(model)

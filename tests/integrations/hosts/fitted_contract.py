@@ -21,6 +21,7 @@ from featxfer_integrations import (
     attached_runs,
     detach_transfer,
     fit_transfer,
+    host_of,
     load_transfers,
     save_transfers,
     transfer_disabled,
@@ -103,17 +104,18 @@ def draw_textures(folder: Path, count: int = 24, side: int = 64) -> list[Path]:
     return files
 
 
-def check_fitted(case: Case, folder: Path, **options: Any) -> None:
+def check_fitted(case: Case, folder: Path, images: Any = None, **options: Any) -> None:
     """A fit on 24 images brings held-out LR images nearer, and is saved and loaded whole."""
-    side = getattr(case.view, "hr_size", 64)
-    model, images = case.make(), draw_textures(folder, side=side)
+    model = case.make()
+    if images is None:
+        images = draw_textures(folder, side=getattr(case.view, "hr_size", 64))
     state = state_of(model)
     recipe = dataclasses.replace(QUICK, epochs=12, batch_size=6, learning_rate=5e-3)
     usual = FitOptions(
         block_recipe=recipe,
         held_out=0.25,
         precision="fp32",
-        crops=0,
+        crops=None if host_of(model).detects else 0,
         preprocessing=case.preprocessing,
     )
     fit = fit_transfer(

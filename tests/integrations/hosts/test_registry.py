@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from featxfer_integrations import (
     detach_transfer,
     host_of,
     register_host,
+    transfer_disabled,
     transfers_of,
 )
 from tests.integrations.models import make, randomise, run, untouched
@@ -201,6 +203,56 @@ def test_many_candidates_are_cut_to_the_last() -> None:
     last = ", ".join(map(str, range(8, 20)))
     with pytest.raises(AttachError, match=rf"in Sequential \(the last 12 of 20\): {last}$"):
         attach_transfer(model)
+
+
+class Served(nn.Module):
+    """An object around a model, which answers by a copy of it that it makes each time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        model = super().__getattr__("model")
+        return model if name == "model" else getattr(model, name)
+
+    @torch.no_grad()
+    def answer(self, images: Tensor) -> Tensor:
+        logits: Tensor = copy.deepcopy(self.model)(images)["logits"]
+        return logits
+
+
+class ServedHost(DeepHost):
+    """It says which model is in that object."""
+
+    def owns(self, model: nn.Module) -> bool:
+        return isinstance(model, Deep | Served)
+
+    def unwrapped(self, model: Any) -> nn.Module:
+        inner: nn.Module = model.model if isinstance(model, Served) else model
+        return inner
+
+
+def test_what_is_attached_through_an_object_around_a_model_is_disabled_in_its_copies() -> None:
+    register_host(ServedHost())
+    served = Served(make_deep())
+    plain = served.answer(IMAGES)
+    assert attach_transfer(served) is served
+    assert list(transfers_of(served)) == list(transfers_of(served.model)) == ["head"]
+    randomise(served.model)
+    changed = served.answer(IMAGES)
+    assert not torch.equal(changed, plain)
+    with transfer_disabled(served):
+        assert torch.equal(served.answer(IMAGES), plain)
+    assert attached_runs(served, IMAGES) == {"head": True}
+    assert attached_runs(served, IMAGES, run=served.answer) == {"head": True}
+    stale = copy.deepcopy(served.model)
+    attach_transfer(served, site="blocks", hidden_features=16)  # copies of before are not its own
+    assert not any(attached_runs(served, IMAGES, run=stale).values())
+    assert detach_transfer(served) is served
+    assert torch.equal(served.answer(IMAGES), plain)
+    attach_transfer(served.model)  # of which the object is not known
+    assert attached_runs(served.model, IMAGES, run=served.answer) == {"head": False}
 
 
 def test_branches_are_of_detectors() -> None:

@@ -13,7 +13,12 @@ from torch import nn
 
 from featxfer_integrations.hosts.base import Host
 
-_BUILT_IN = {"torchvision_detection": "torchvision", "torchvision": "torchvision", "timm": "timm"}
+_BUILT_IN = {
+    "torchvision_detection": "torchvision",
+    "torchvision": "torchvision",
+    "timm": "timm",
+    "transformers_detection": "transformers",
+}
 """Modules of this folder, in the order that they are asked, and the library that each is of."""
 
 _REGISTERED: list[Host] = []

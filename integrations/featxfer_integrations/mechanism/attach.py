@@ -129,17 +129,23 @@ def _methods(host: nn.Module, sites: Sequence[Site]) -> dict[str, Callable[..., 
 
 
 def hook_modules(host: nn.Module, site: Site) -> None:
-    """Registers the hooks of `site`; cluster logits pass the classifiers by."""
+    """Registers the hooks of `site`; cluster logits pass the classifiers by.
+
+    They run before those that are there: where a host takes its features by hooks of its own
+    (transformers' backbones, timm's `FeatureHookNet`), it takes what comes out of here.
+    """
     transfers = transfers_of(host)
     transfers.sites[site.name] = site
     for name in site.modules:
         module = host.get_submodule(name)
         if site.side == "output":
-            module.register_forward_hook(partial(_transfer_output, transfers, site.name))
+            transfer = partial(_transfer_output, transfers, site.name)
+            module.register_forward_hook(transfer, prepend=True)
         elif gives_clusters(transfers[site.name]):
             module.forward = partial(_pass_by, transfers, site.name, module)
         else:
-            module.register_forward_pre_hook(partial(_transfer_input, transfers, site.name))
+            transfer = partial(_transfer_input, transfers, site.name)
+            module.register_forward_pre_hook(transfer, prepend=True)
     _forget_compiled()
 
 

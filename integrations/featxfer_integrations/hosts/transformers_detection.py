@@ -9,7 +9,7 @@ YOLOS its last tokens. Queries of the decoder are not matched besides.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -170,10 +170,11 @@ def backbone_path(model: Any) -> str:
     Of YOLOS it is the whole transformer, whose tokens are detections. A text detector's backbone is
     none: it is transformers' own, which says its `out_features`, and no boxes come of its maps.
     """
-    for name, module in model.named_modules():
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    for name, module in modules:
         if name.rpartition(".")[2] in BACKBONES and not hasattr(module, "out_features"):
             return name
-    whole = model.base_model_prefix
+    whole: str = model.base_model_prefix
     return whole if hasattr(model.config, "num_detection_tokens") and hasattr(model, whole) else ""
 
 

@@ -84,7 +84,9 @@ def config(name: str, **options: Any) -> Any:
     if name == "LwDetr":
         windows = {"num_windows": 4, "window_block_indices": [0, 1], "pretrain_image_size": 64}
         made = hf.LwDetrViTConfig(**VIT, **windows)
-        return kind(**{**LW_DETR, "projector_scale_factors": [1.0], **options}, backbone_config=made)
+        return kind(
+            **{**LW_DETR, "projector_scale_factors": [1.0], **options}, backbone_config=made
+        )
     if name == "RfDetr":
         return kind(**LW_DETR, backbone_config=hf.RfDetrDinov2Config(**VIT, num_windows=2))
     if name.startswith("RTDetr"):
@@ -127,9 +129,7 @@ def make(name: str, **options: Any) -> Any:
 
 def save_processor(name: str, folder: Path) -> Path:
     """The processor that goes with `make(name)`."""
-    kind: Callable[..., Any] = (
-        hf.RTDetrImageProcessor if name in FIXED else hf.DetrImageProcessor
-    )
+    kind: Callable[..., Any] = hf.RTDetrImageProcessor if name in FIXED else hf.DetrImageProcessor
     size = SQUARE if name in FIXED else WIDE
     kind(size=size, do_normalize=True).save_pretrained(folder)
     return folder

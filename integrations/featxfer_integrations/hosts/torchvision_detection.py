@@ -17,7 +17,7 @@ from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
 from featxfer.checks import check_choice
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts.base import black_image
-from featxfer_integrations.hosts.resolutions import blocks_of, modules_by_reduction
+from featxfer_integrations.hosts.pyramids import blocks_of, modules_by_reduction
 from featxfer_integrations.hosts.torchvision_boxes import TOWERS, DetectorHost
 from featxfer_integrations.mechanism.capture import watched
 from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module_site, no_site

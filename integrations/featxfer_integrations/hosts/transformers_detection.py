@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts.base import Host, black_image
 from featxfer_integrations.hosts.batch import Batch
-from featxfer_integrations.hosts.resolutions import blocks_of, modules_by_reduction
+from featxfer_integrations.hosts.pyramids import blocks_of, modules_by_reduction
 from featxfer_integrations.mechanism.attach import host_device
 from featxfer_integrations.mechanism.capture import in_dtype
 from featxfer_integrations.mechanism.shown import Shown
@@ -36,6 +37,13 @@ PROJECTIONS = ("input_projection", "input_proj", "encoder_input_proj")
 
 INPUT_SIZE = 256
 """Side of the image that a model is tried on, in pixels, where its backbone says none."""
+
+
+@dataclass(frozen=True)
+class Processed(Preprocessing):
+    """With all that the image processor does, as JSON: sizes are told by nothing else."""
+
+    processor: str = ""
 
 
 class TransformersDetection(Host):
@@ -60,8 +68,9 @@ class TransformersDetection(Host):
         return f"transformers/{type(model).__name__}"
 
     def preprocessing(self, model: Any) -> Preprocessing:
-        """Of the image processor that is saved beside the model."""
-        return preprocessing_of(model)
+        """Of the image processor that is saved beside the model; `AttachError` without one."""
+        processor = processor_of(model)
+        return Processed(**asdict(preprocessing_of(model)), processor=processor.to_json_string())
 
     def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
         """Images keep their sizes."""
@@ -152,16 +161,11 @@ def processor_of(model: Any) -> Any:
 
 
 def preprocessing_of(model: Any) -> Preprocessing:
-    """Mean and std of the image processor saved beside a model, and its side or shortest edge.
-
-    Raises `AttachError` where there is none.
-    """
+    """Mean and std of the image processor saved beside a model."""
     processor = processor_of(model)
-    sizes = processor.size
-    side = sizes.get("height") or sizes.get("shortest_edge")
     if not processor.do_normalize:
-        return Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side)
-    return Preprocessing(tuple(processor.image_mean), tuple(processor.image_std), side)
+        return Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return Preprocessing(tuple(processor.image_mean), tuple(processor.image_std))
 
 
 def backbone_path(model: Any) -> str:

@@ -23,6 +23,7 @@ from featxfer_integrations import (
     attach_transfer,
     attached_runs,
     detach_transfer,
+    fit_key,
     fit_transfer,
     host_of,
     save_transfers,
@@ -158,15 +159,20 @@ def test_images_of_two_sizes_are_seen_as_the_processor_gives_them(
     assert all(attached_runs(model, given).values())
 
 
-def test_preprocessing_is_that_of_the_processor(tmp_path: Path) -> None:
+def test_preprocessing_is_that_of_the_processor_and_part_of_the_key(
+    discs: Path, tmp_path: Path
+) -> None:
     model = beside("RTDetr", tmp_path)
     hf.RTDetrImageProcessor(size=tiny.SQUARE).save_pretrained(tmp_path)
     found = host_of(model).preprocessing(model)
-    assert (found.mean, found.std, found.input_size) == ((0, 0, 0), (1, 1, 1), 64)
-    hf.DetrImageProcessor(image_mean=[0.1] * 3, size=tiny.WIDE).save_pretrained(tmp_path)
-    found = host_of(model).preprocessing(model)
-    assert found.mean == (0.1, 0.1, 0.1)
-    assert found.input_size == 64
+    assert (found.mean, found.std) == ((0, 0, 0), (1, 1, 1))
+    keys = []
+    for longest in (96, 128, 128):
+        sizes = {"shortest_edge": 64, "longest_edge": longest}
+        hf.DetrImageProcessor(image_mean=[0.1] * 3, size=sizes).save_pretrained(tmp_path)
+        assert host_of(model).preprocessing(model).mean == (0.1, 0.1, 0.1)
+        keys.append(fit_key(model, discs, degradation=VIEW))
+    assert keys[0] != keys[1] == keys[2]
 
 
 def test_a_model_and_its_blocks_are_saved_apart_and_meet_in_another_process(

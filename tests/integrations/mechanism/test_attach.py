@@ -179,7 +179,6 @@ def test_hooks_that_were_there_before_see_what_comes_out_as_later_ones_do(site: 
         if site == "head":
             model.fc.register_forward_pre_hook(lambda _, args: seen.update({name: args[0]}))
         else:
-            model.layer1.register_forward_hook(lambda _, __, out: seen.update({name: out}))
             model.layer1[-1].register_forward_hook(lambda _, __, out: seen.update({name: out}))
 
     watch("before")

@@ -129,23 +129,19 @@ def _methods(host: nn.Module, sites: Sequence[Site]) -> dict[str, Callable[..., 
 
 
 def hook_modules(host: nn.Module, site: Site) -> None:
-    """Registers the hooks of `site`; cluster logits pass the classifiers by.
-
-    They run before those that are there: where a host takes its features by hooks of its own
-    (transformers' backbones, timm's `FeatureHookNet`), it takes what comes out of here.
-    """
+    """Registers the hooks of `site`; cluster logits pass the classifiers by."""
     transfers = transfers_of(host)
     transfers.sites[site.name] = site
     for name in site.modules:
         module = host.get_submodule(name)
         if site.side == "output":
-            transfer = partial(_transfer_output, transfers, site.name)
-            module.register_forward_hook(transfer, prepend=True)
+            hook = partial(_transfer_output, transfers, site.name)
+            module.register_forward_hook(hook, prepend=True)  # what others record is transferred
         elif gives_clusters(transfers[site.name]):
             module.forward = partial(_pass_by, transfers, site.name, module)
         else:
-            transfer = partial(_transfer_input, transfers, site.name)
-            module.register_forward_pre_hook(transfer, prepend=True)
+            before = partial(_transfer_input, transfers, site.name)
+            module.register_forward_pre_hook(before, prepend=True)
     _forget_compiled()
 
 

@@ -70,17 +70,16 @@ def plan(
     views = _views(host.degradation, degradation)
     square = host.image(model)
     if isinstance(views[0], Degradation):
-        square = black_image(model, views[0].hr_size, views[0].hr_size)[:, :1].repeat(1, 3, 1, 1)
+        square = black_image(model, views[0].hr_size, views[0].hr_size)
+    square = square[:, :1].repeat(1, 3, 1, 1)  # images are RGB, whatever the model takes
     asked = _Asked(model, host, options, square)
     try:
         sites = asked.sites(site)
         goals, told = asked.goals(targets)
         asked.check_effect(sites, goals is not None)
         asked.check_others(sites)
-        if host.detects:
-            prove(copy.deepcopy(model).float(), sites, square.float())
-        else:
-            prove(model, sites, square)
+        whole = copy.deepcopy(model).float() if host.detects else model
+        prove(whole, sites, square.float() if host.detects else square)
     except ProbeError as error:
         raise ProbeError(
             f"degradation: {str(error).removeprefix('model: ')}; set hr_size to a size that it "
@@ -89,7 +88,7 @@ def plan(
     opened, folder = open_images(images), Path(cache or default_cache())
     task = Task(model, host, opened, views, preprocessing, options, folder, seed, told)
     if host.detects:
-        return _detector_stages(_readable(task), sites)
+        return _detector_stages(task, sites)
     if goals is not None:
         return [_through(task, sites, goals, square)]
     blocks, heads = ([s for s in sites if s.is_block == of] for of in (True, False))
@@ -123,6 +122,12 @@ def _detector_stages(task: Task, sites: Sequence[Site]) -> list[Stage]:
         raise AttachError(
             f"site: blocks are trained through the backbone, and {outside[0]!r} is not in it"
         )
+    if heads and type(task.host).sampler is Host.sampler:
+        raise AttachError(
+            f"site: got {heads[0].asked!r}, where a head goes, which of a "
+            f"{type(task.model).__name__} is not trained; wanted blocks in its backbone"
+        )
+    task = _readable(task)
     first = PyramidStage(task, blocks, task.host.show) if blocks else None
     standing = [s for s in attached_sites(task.model) if s.is_block and first is None]
     boxes = Boxes(task, heads, standing, first)

@@ -18,6 +18,7 @@ _BUILT_IN = {
     "torchvision_detection": "torchvision",
     "torchvision": "torchvision",
     "timm": "timm",
+    "transformers_detection": "transformers",
     "transformers": "transformers",
     "open_clip": "open_clip",
     "ultralytics": "ultralytics",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,15 +17,13 @@ from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
 from featxfer.checks import check_choice
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts.base import black_image
+from featxfer_integrations.hosts.pyramids import blocks_of, modules_by_reduction
 from featxfer_integrations.hosts.torchvision_boxes import TOWERS, DetectorHost
 from featxfer_integrations.mechanism.capture import watched
 from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module_site, no_site
 
 BRANCHES = ("class", "both")
 """Of the predictor: what a head at `site="boxes"` acts on."""
-
-REDUCTIONS = (8, 16, 32)
-"""Blocks go where the backbone's last maps of so many times less than the image's size end."""
 
 INPUT_SIZE = 256
 """Side of the image that a backbone is tried on, in pixels, where the detector has no fixed one."""
@@ -96,17 +94,16 @@ class TorchvisionDetection(DetectorHost):
 
     def stages(self, model: Any) -> list[str]:
         """The last module of the backbone of each resolution, from the highest one."""
-        return list(_modules_by_reduction(model).values())
+        return list(self._modules(model).values())
+
+    def _modules(self, model: Any) -> dict[int, str]:
+        size = self.input_size(model)
+        run = partial(_levels, model)
+        return modules_by_reduction(model, "backbone", run, size, FeaturePyramidNetwork)
 
     def blocks(self, model: Any) -> list[str]:
         """The last modules of the backbone that give maps of 1/8, 1/16 and 1/32 of the image."""
-        last = _modules_by_reduction(model)
-        found = [last[reduction] for reduction in REDUCTIONS if reduction in last]
-        if not found:
-            raise no_site(
-                model, "site: the backbone has no maps of 1/8 to 1/32 of the image's size"
-            )
-        return found
+        return blocks_of(model, self._modules(model))
 
     def behind(self, model: Any, site: Site) -> tuple[str, ...]:
         """All but the backbone for what is in it; else the predictors, and heads of other kinds."""
@@ -223,41 +220,6 @@ def _try_backbone(model: nn.Module) -> Any:
         return run_backbone(model, HOST.image(model))
 
 
-def _modules_by_reduction(model: nn.Module) -> dict[int, str]:
-    """Names of the backbone's last modules of each resolution, by how much it is reduced.
-
-    From one run. Modules inside of a pyramid are left out, and those inside of modules that give
-    maps themselves and are no lists of layers. Where a module's maps are what the backbone returns
-    of a resolution, as SSD's are, it is that resolution's last: later ones are not seen there.
-    """
-    size, backbone = HOST.input_size(model), model.get_submodule("backbone")
-    reductions: dict[str, int] = {}
-    maps: dict[str, Tensor] = {}
-
-    def note(name: str, output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and 1 < output.shape[2] < size:
-            reductions[name] = 2 ** round(math.log2(size / output.shape[2]))
-            maps[name] = output
-
-    names = [name for name, _ in backbone.named_modules(prefix="backbone")]
-    with watched(model, names, after=note):
-        returned = _try_backbone(model)
-    stages = list(_stages(backbone, "backbone", reductions))
-    last = {reduction: name for name, reduction in reductions.items() if name in stages}
-    levels = [] if isinstance(returned, Tensor) else list(returned.values())
-    for name in stages:  # of modules that return the same tensor, the outermost comes last
-        if any(maps[name] is level for level in levels):
-            last[reductions[name]] = name
-    return dict(sorted(last.items()))
-
-
-def _stages(module: nn.Module, path: str, giving: Container[str]) -> Iterator[str]:
-    """Names of modules that give maps, and of those in lists of layers among them."""
-    for name, child in module.named_children():
-        inner = f"{path}.{name}"
-        if isinstance(child, FeaturePyramidNetwork):
-            continue
-        if inner not in giving or isinstance(child, nn.Sequential):
-            yield from _stages(child, inner, giving)
-        if inner in giving:
-            yield inner
+def _levels(model: nn.Module) -> list[Tensor]:
+    returned = _try_backbone(model)
+    return [returned] if isinstance(returned, Tensor) else list(returned.values())

@@ -33,8 +33,16 @@ class Transformers(base.Host):
         return f"transformers/{model.config._name_or_path or type(model).__name__}"
 
     def preprocessing(self, model: Any) -> Preprocessing:
-        """That of the image processor saved beside the model."""
-        return preprocessing_of(model)
+        """Of the image processor saved beside the model; without one ImageNet's, with a warning."""
+        try:
+            return preprocessing_of(processor_of(model))
+        except AttachError as error:
+            warnings.warn(
+                f"{error}; ImageNet's mean and std are taken, "
+                "FitOptions(preprocessing=Preprocessing(mean, std)) says others",
+                stacklevel=2,
+            )
+            return Preprocessing()
 
     def input_size(self, model: Any) -> int:
         """What the configuration says; 224 where it says none."""
@@ -46,8 +54,8 @@ class Transformers(base.Host):
     def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
         """Of the size that the image processor makes; without one, of what `input_size` says."""
         size = self.input_size(model)
-        with suppress(OSError, ValueError):
-            made = _processor_of(model)
+        with suppress(AttachError):
+            made = processor_of(model)
             said = getattr(made, "crop_size", None) or made.size
             size = said.get("height") or said.get("shortest_edge") or size
         return Degradation(hr_size=size, lr_size=min(base.LR_SIZE, size))
@@ -130,21 +138,24 @@ class Transformers(base.Host):
 HOST = Transformers()
 
 
-def preprocessing_of(model: Any) -> Preprocessing:
-    """Mean, std and order of channels of the image processor that is saved beside a model.
+def processor_of(model: Any) -> Any:
+    """The image processor that is saved beside a model; `AttachError` where there is none.
 
-    Nothing is downloaded. Where there is none, ImageNet's mean and std are taken, with a warning.
+    Nothing is downloaded.
     """
+    path = model.config._name_or_path
     try:
-        processor = _processor_of(model)
+        return AutoImageProcessor.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        warnings.warn(
-            f"preprocessing: no image processor is saved beside this {type(model).__name__} "
-            f"({error}), so ImageNet's mean and std are taken; "
-            "FitOptions(preprocessing=Preprocessing(mean, std)) says others",
-            stacklevel=2,
-        )
-        return Preprocessing()
+        raise AttachError(
+            f"model: no image processor is saved where this {type(model).__name__} is from "
+            f"(config._name_or_path is {path!r}), wanted the one that its images go through: save "
+            "model and processor in one folder, and load the model from there"
+        ) from error
+
+
+def preprocessing_of(processor: Any) -> Preprocessing:
+    """Mean, std and order of channels of an image processor."""
     scale = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
     mean, std = (0.0,) * 3, (1.0,) * 3
     if processor.do_normalize:
@@ -154,14 +165,6 @@ def preprocessing_of(model: Any) -> Preprocessing:
         tuple(value / scale for value in std),  # type: ignore[arg-type]
         bgr=bool(getattr(processor, "do_flip_channel_order", False)),
     )
-
-
-def _processor_of(model: Any) -> Any:
-    """The image processor saved beside a model; `OSError` or `ValueError` where there is none."""
-    name = model.config._name_or_path
-    if not name:
-        raise OSError("it was not loaded from a folder or a hub")
-    return AutoImageProcessor.from_pretrained(name, local_files_only=True)
 
 
 def _config(model: Any) -> Any:

@@ -159,7 +159,8 @@ def hook_modules(host: nn.Module, site: Site) -> None:
         elif gives_clusters(transfers[site.name]):
             module.forward = partial(_pass_by, transfers, site.name, module)
         else:
-            module.register_forward_pre_hook(partial(_transfer_input, transfers, site.name))
+            before = partial(_transfer_input, transfers, site.name)
+            module.register_forward_pre_hook(before, prepend=True)
     layers = (module for module in host.modules() if isinstance(module, nn.Conv2d))
     if site.layout == "tokens" and (patches := next(layers, None)) is not None:
         patches.register_forward_hook(partial(_check_grid, transfers, site.name))

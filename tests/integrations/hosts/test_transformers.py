@@ -212,12 +212,12 @@ def test_the_image_processor_is_the_preprocessing(tmp_path: Path) -> None:
     make("mobilevit").save_pretrained(tmp_path)  # type: ignore[operator]
     transformers.MobileViTImageProcessor().save_pretrained(tmp_path)
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert preprocessing_of(model) == Preprocessing((0.0,) * 3, (1.0,) * 3, bgr=True)
+    assert host_of(model).preprocessing(model) == Preprocessing((0.0,) * 3, (1.0,) * 3, bgr=True)
     processor = transformers.ViTImageProcessor(rescale_factor=1 / 127.5, image_mean=[1.0] * 3)
     processor.save_pretrained(tmp_path)
     pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
     wanted = processor(pixels, do_resize=False, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(preprocessing_of(model)(pixels), wanted)
+    torch.testing.assert_close(preprocessing_of(processor)(pixels), wanted)
 
 
 def test_views_are_of_the_size_that_the_image_processor_makes(tmp_path: Path) -> None:
@@ -235,12 +235,13 @@ def test_views_are_of_the_size_that_the_image_processor_makes(tmp_path: Path) ->
 
 
 def test_a_model_without_an_image_processor_is_warned_of(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"ViTForImageClassification \(it was not loaded from"):
-        assert preprocessing_of(make("vit")) == Preprocessing()
-    make("vit").save_pretrained(tmp_path)  # type: ignore[operator]
+    model = make("vit")
+    with pytest.warns(UserWarning, match=r"name_or_path is ''.*ImageNet's mean and std are taken"):
+        assert host_of(model).preprocessing(model) == Preprocessing()
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
     model = transformers.ViTForImageClassification.from_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="no image processor is saved beside this ViTForImage"):
-        preprocessing_of(model)
+    with pytest.warns(UserWarning, match="no image processor is saved where this ViTForImage"):
+        host_of(model).preprocessing(model)
 
 
 LOAD = """

@@ -182,6 +182,27 @@ def test_detach_keeps_the_users_own_hooks_and_attach_works_again() -> None:
     assert calls == ["after", "before"]
 
 
+@pytest.mark.parametrize("site", ["head", "layer1"])
+def test_hooks_that_were_there_before_see_what_comes_out_as_later_ones_do(site: str) -> None:
+    """Hosts that take features by hooks of their own register them at whatever time."""
+    model, seen = make("torchvision/resnet18"), dict[str, Tensor]()
+
+    def watch(name: str) -> None:
+        if site == "head":
+            model.fc.register_forward_pre_hook(lambda _, args: seen.update({name: args[0]}))
+        else:
+            model.layer1[-1].register_forward_hook(lambda _, __, out: seen.update({name: out}))
+
+    watch("before")
+    run(model)
+    plain = seen["before"]
+    randomise(attach_transfer(model, site=site, hidden_features=16), site)
+    watch("after")
+    run(model)
+    assert not torch.equal(seen["before"], plain)
+    assert torch.equal(seen["before"], seen["after"])
+
+
 REPLACED = "module {}, to which 'head' was attached, was taken away or replaced since"
 
 

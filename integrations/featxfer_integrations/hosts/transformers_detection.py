@@ -1,0 +1,183 @@
+"""transformers' detectors: DETR and its kin, of which blocks in the backbone are trained.
+
+What LR images have to match are the maps that enter the encoder, behind the projections that make
+them of one width: a projection keeps of the backbone's channels what the encoder looks at, and
+gives all levels one scale. Detectors without such projections show what their backbone returns,
+YOLOS its last tokens. Queries of the decoder are not matched besides.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
+from featxfer.features.backbone import frozen
+from featxfer_integrations.hosts.base import Host, black_image
+from featxfer_integrations.hosts.batch import Batch
+from featxfer_integrations.hosts.pyramids import blocks_of, modules_by_reduction
+from featxfer_integrations.hosts.transformers import preprocessing_of, processor_of
+from featxfer_integrations.mechanism.attach import host_device
+from featxfer_integrations.mechanism.capture import in_dtype
+from featxfer_integrations.mechanism.shown import Shown
+from featxfer_integrations.mechanism.site import AttachError, Site, module_site
+
+BACKBONES = ("backbone", "conv_encoder")
+"""Last part of the name of the module that makes maps of images."""
+
+PROJECTIONS = ("input_projection", "input_proj", "encoder_input_proj")
+"""Names, beside the backbone, of what makes its maps the encoder's."""
+
+INPUT_SIZE = 256
+"""Side of the image that a model is tried on, in pixels, where its backbone says none."""
+
+
+@dataclass(frozen=True)
+class Processed(Preprocessing):
+    """With all that the image processor does, as JSON: sizes are told by nothing else."""
+
+    processor: str = ""
+
+
+class TransformersDetection(Host):
+    """Models whose configuration transformers maps to an object detector, with a backbone."""
+
+    name = "transformers detection"
+    tested = "transformers 5."
+    site = "backbone"
+    degradation = ScaledDegradation
+    detects = True
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether its configuration is a detector's, and a part of it makes maps of images."""
+        return (
+            isinstance(model, PreTrainedModel)
+            and type(model.config) in MODEL_FOR_OBJECT_DETECTION_MAPPING
+            and bool(backbone_path(model))
+        )
+
+    def model_name(self, model: Any) -> str:
+        """The model's class."""
+        return f"transformers/{type(model).__name__}"
+
+    def preprocessing(self, model: Any) -> Preprocessing:
+        """Of the image processor that is saved beside the model; `AttachError` without one."""
+        processor = processor_of(model)
+        return Processed(
+            **asdict(preprocessing_of(processor)), processor=processor.to_json_string()
+        )
+
+    def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
+        """Images keep their sizes."""
+        return ScaledDegradation()
+
+    def input_size(self, model: Any) -> int:
+        """Side of the images that the model is tried on, in pixels."""
+        said = getattr(getattr(model.config, "backbone_config", None), "image_size", None)
+        return said if isinstance(said, int) else INPUT_SIZE
+
+    def image(self, model: Any) -> Tensor:
+        """A black image."""
+        size = self.input_size(model)
+        return black_image(model, size, size)
+
+    def head(self, model: Any) -> Site:
+        """None: a detector has no pooled feature."""
+        raise AttachError(f"model: {type(model).__name__} is a detector and has no pooled feature")
+
+    def sites(self, model: Any, name: str, branch: str = "class") -> list[Site]:
+        """What "backbone" (or "blocks"), a stage or a module stands for; errors as `Host.sites`."""
+        return super().sites(model, "blocks" if name == "backbone" else name, branch)
+
+    def after(self, model: Any, name: str, kind: str | None = None) -> Site:
+        """After a module; what is in the backbone is found by running that alone."""
+        inside = name.startswith(f"{backbone_path(model)}.")
+        run = run_backbone if inside else None
+        return module_site(model, name, kind=kind, run=run, repeats=not inside)
+
+    def stages(self, model: Any) -> list[str]:
+        """The last module of the backbone of each resolution, from the highest one."""
+        return list(self._modules(model).values())
+
+    def blocks(self, model: Any) -> list[str]:
+        """The last modules of the backbone that give maps of 1/8, 1/16 and 1/32 of the image."""
+        return blocks_of(model, self._modules(model))
+
+    def _modules(self, model: Any) -> dict[int, str]:
+        run, path = partial(run_backbone, model, self.image(model)), backbone_path(model)
+        with frozen(model):
+            return modules_by_reduction(model, path, run, self.input_size(model))
+
+    def behind(self, model: Any, site: Site) -> tuple[str, ...]:
+        """All but the backbone for what is in it."""
+        path = f"{backbone_path(model)}."
+        if not all(name.startswith(path) for name in site.modules):
+            return super().behind(model, site)
+        parents = {"", *(path[:end] for end, sign in enumerate(path) if sign == ".")}
+        names = (name for name, _ in model.named_modules() if name and name not in parents)
+        beside = (name for name in names if name.rpartition(".")[0] in parents)
+        return tuple(name for name in beside if not name.startswith(path))
+
+    def answers(self, model: Any, batch: Any) -> Any:
+        """Logits and boxes of all queries; `batch` is pixels, or what a processor gives."""
+        return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+    def batch(self, model: Any, images: Sequence[Tensor], preprocessing: Preprocessing) -> Batch:
+        """Images as the processor resizes and pads them; the backbone looks at no mask."""
+        given = processor_of(model)(images=list(images), return_tensors="pt")
+        return Batch(in_dtype(model, given["pixel_values"].to(host_device(model))))
+
+    def show(self, model: Any, batch: Batch) -> Shown:
+        """The maps that enter the encoder."""
+        levels = run_backbone(model, batch.images)
+        around = model.get_submodule(backbone_path(model).rpartition(".")[0])
+        projection = next((p for n, p in around.named_children() if n in PROJECTIONS), None)
+        if projection is not None:  # of the last levels, or with others besides, made of the last
+            layers = projection if isinstance(projection, nn.ModuleList) else [projection]
+            own = zip(layers, levels[-len(layers) :], strict=False)
+            levels = [layer(level) for layer, level in own]
+        return Shown({str(i): level.float() for i, level in enumerate(levels)}, {})
+
+
+HOST = TransformersDetection()
+
+
+def backbone_path(model: Any) -> str:
+    """Name of the part that makes maps of images, "" without one.
+
+    Of YOLOS it is the whole transformer, whose tokens are detections. A text detector's backbone is
+    none: it is transformers' own, which says its `out_features`, and no boxes come of its maps.
+    """
+    modules: Iterator[tuple[str, nn.Module]] = model.named_modules()
+    for name, module in modules:
+        if name.rpartition(".")[2] in BACKBONES and not hasattr(module, "out_features"):
+            return name
+    whole: str = model.base_model_prefix
+    return whole if hasattr(model.config, "num_detection_tokens") and hasattr(model, whole) else ""
+
+
+def run_backbone(model: Any, images: Tensor) -> list[Tensor]:
+    """The maps that the backbone returns of images `(n, c, h, w)`, from the highest resolution."""
+    backbone = model.get_submodule(backbone_path(model))
+    masks = {}
+    if "pixel_mask" in inspect.signature(backbone.forward).parameters:
+        masks["pixel_mask"] = torch.ones_like(images[:, 0])
+    return _maps(backbone(images, **masks))
+
+
+def _maps(found: Any) -> list[Tensor]:
+    """Maps among what a backbone returns: with a mask each, or with their positions besides."""
+    if isinstance(found, Tensor):
+        return [found]
+    if isinstance(found, ModelOutput):
+        found = [found.last_hidden_state]
+    levels = found[:1] if isinstance(found, tuple) else found
+    return [maps for level in levels for maps in _maps(level)]

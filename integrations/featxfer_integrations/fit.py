@@ -30,12 +30,11 @@ from featxfer.features.backbone import sha256_of
 from featxfer.modules.base import TransferModule
 from featxfer.training.pseudo_labels import LabelDiagnostics
 from featxfer.views.images import ImageSource
-from featxfer_integrations.hosts import host_of, unwrapped
+from featxfer_integrations.hosts import checked, host_of
 from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.mechanism.attach import (
     attached_at,
     attached_sites,
-    check_host,
     install,
     transfers_of,
 )
@@ -197,8 +196,7 @@ def backbone_of(
     For plain features of a model with its classifier (`extract_features`), its preprocessing, and
     the name and hash that a `Card` wants. Arguments and errors as those of `fit_transfer`.
     """
-    model = unwrapped(model)
-    check_host(model)
+    model = checked(model)
     host = host_of(model)
     heads = [place for place in attached_sites(model) if not place.is_block]
     if site is None and len(heads) == 1:

@@ -20,12 +20,11 @@ from featxfer.console import tell
 from featxfer.features.backbone import frozen
 from featxfer.features.extract import check_readable, default_cache, write_skipped
 from featxfer.views.images import ImageSource
-from featxfer_integrations.hosts import host_of, unwrapped
+from featxfer_integrations.hosts import checked, host_of
 from featxfer_integrations.hosts.base import Host, ProbeError, black_image, find_sites
 from featxfer_integrations.mechanism.attach import (
     attached_at,
     attached_sites,
-    check_host,
     gives_clusters,
     is_attached,
 )
@@ -55,8 +54,7 @@ def plan(
     seed: int,
 ) -> list[Stage]:
     """The stages of a fit, after all checks that need no training."""
-    model = unwrapped(model)
-    check_host(model)
+    model = checked(model)
     options = FitOptions() if options is None else options
     if not isinstance(options, FitOptions):
         raise TypeError(f"options: got {type(options).__name__}, wanted FitOptions")

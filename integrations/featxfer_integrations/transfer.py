@@ -32,7 +32,7 @@ from featxfer import ArtifactError, BaseDegradation, load_head, save_head
 from featxfer.modules.artifact import check_fit
 from featxfer.modules.base import TransferModule
 from featxfer.modules.hub import find_files
-from featxfer_integrations.hosts import host_of, unwrapped
+from featxfer_integrations.hosts import checked, host_of, unwrapped
 from featxfer_integrations.hosts.base import Host, find_sites
 from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.fingerprint import check_weights
@@ -82,8 +82,7 @@ def attach_transfer(
         ArtifactError: a saved module that is damaged, of another width or for another backbone.
         FileNotFoundError: no such folder or hub id.
     """
-    outer, model = model, unwrapped(model)
-    attach.check_host(model)
+    outer, model = model, checked(model)
     _check_arguments(head, output, hidden_features, dtype)
     host = host_of(model)
     given = head if isinstance(head, TransferModule | None) else load_head(find_files(head))[0]
@@ -215,8 +214,7 @@ def load_transfers(
         FileNotFoundError: nothing is saved there.
         ArtifactError: as `attach_transfer`.
     """
-    outer, model = model, unwrapped(model)
-    attach.check_host(model)
+    outer, model = model, checked(model)
     if attach.is_attached(model):
         raise AttachError("model: something is attached already; detach_transfer first")
     parts = sorted(path.parent for path in Path(folder).glob("*/card.json"))

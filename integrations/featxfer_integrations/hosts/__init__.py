@@ -10,9 +10,11 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import nn
 
 from featxfer_integrations.hosts.base import Host
+from featxfer_integrations.mechanism.site import AttachError
 
 _BUILT_IN = {
     "torchvision_detection": "torchvision",
@@ -62,6 +64,43 @@ def host_of(model: nn.Module) -> Host:
 def unwrapped(model: Any) -> Any:
     """The module in a library's object around a model, as its host says; else the model itself."""
     return host_of(model).unwrapped(model)
+
+
+def checked(model: Any) -> Any:
+    """The same; raises `TypeError` or `AttachError` for what no module can be attached to."""
+    model = unwrapped(model)
+    _check(model)
+    return model
+
+
+def _check(host: object) -> None:
+    """Raises `TypeError` or `AttachError` for what no module can be attached to."""
+    if not isinstance(host, nn.Module):
+        raise TypeError(f"model: got {type(host).__name__}, wanted a torch.nn.Module")
+    if isinstance(host, torch.jit.ScriptModule):
+        raise AttachError("model: got a TorchScript module, wanted the model before scripting")
+    if hasattr(host, "_orig_mod"):
+        raise AttachError("model: got a compiled module, attach first and compile after")
+    if isinstance(host, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise AttachError(f"model: got a {type(host).__name__}, wanted the model in it, .module")
+    for name, module in host.named_modules():
+        kind = type(module)
+        if ".quantized" in kind.__module__:
+            raise AttachError(
+                f"model: module {name!r} is quantised ({kind.__name__}), "
+                "wanted a model in floating point"
+            )
+        if module._compiled_call_impl is not None:
+            what = f"module {name!r}" if name else "it"
+            raise AttachError(
+                f"model: {what} was compiled in place, which ignores what is attached later; "
+                "attach first and compile after"
+            )
+        if kind.__module__.partition(".")[0] == "peft":
+            raise AttachError(
+                f"model: module {name!r} is peft's {kind.__name__}, which freezes what is "
+                "attached; wanted the model without it (attach first, then train_transfer_only)"
+            )
 
 
 @cache

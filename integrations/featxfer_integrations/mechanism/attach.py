@@ -250,36 +250,6 @@ def _disturb(features: Tensor) -> Tensor:
     return features + (features.abs().amax() + 1) * wave
 
 
-def check_host(host: nn.Module) -> None:
-    """Raises `TypeError` or `AttachError` for what no module can be attached to."""
-    if not isinstance(host, nn.Module):
-        raise TypeError(f"model: got {type(host).__name__}, wanted a torch.nn.Module")
-    if isinstance(host, torch.jit.ScriptModule):
-        raise AttachError("model: got a TorchScript module, wanted the model before scripting")
-    if hasattr(host, "_orig_mod"):
-        raise AttachError("model: got a compiled module, attach first and compile after")
-    if isinstance(host, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise AttachError(f"model: got a {type(host).__name__}, wanted the model in it, .module")
-    for name, module in host.named_modules():
-        kind = type(module)
-        if ".quantized" in kind.__module__:
-            raise AttachError(
-                f"model: module {name!r} is quantised ({kind.__name__}), "
-                "wanted a model in floating point"
-            )
-        if module._compiled_call_impl is not None:
-            what = f"module {name!r}" if name else "it"
-            raise AttachError(
-                f"model: {what} was compiled in place, which ignores what is attached later; "
-                "attach first and compile after"
-            )
-        if kind.__module__.partition(".")[0] == "peft":
-            raise AttachError(
-                f"model: module {name!r} is peft's {kind.__name__}, which freezes what is "
-                "attached; wanted the model without it (attach first, then train_transfer_only)"
-            )
-
-
 def host_parameter(host: nn.Module) -> Tensor | None:
     """The weight of the host's last convolution or linear layer: its device and dtype are followed.
 

@@ -30,7 +30,7 @@ from featxfer_integrations.mechanism.attach import (
 )
 from featxfer_integrations.mechanism.capture import run_host, watched
 from featxfer_integrations.mechanism.proof import prove
-from featxfer_integrations.mechanism.shown import Show, ShownAt, shown_by
+from featxfer_integrations.mechanism.shown import Show, ShownAt, check_shown, shown_by
 from featxfer_integrations.mechanism.site import AttachError, Site
 from featxfer_integrations.options import WITHOUT_CLUSTERS, FitOptions
 from featxfer_integrations.stages.base import Stage, Task
@@ -105,6 +105,12 @@ def plan(
 
 def _through(task: Task, sites: Sequence[Site], show: Show, square: torch.Tensor) -> BlocksStage:
     """Modules towards what the model shows: on kept maps where that is right, else on images."""
+    chance, view = torch.Generator().manual_seed(0), task.views[0]
+    noise = torch.randint(
+        256, (3, *square.shape[2:]), generator=chance, dtype=torch.uint8, device="cpu"
+    )
+    pair = task.host.batch(task.model, [view.hr(noise), view.lr(noise)], task.preprocessing)
+    check_shown(show, task.model, pair.images)
     try:
         return MapsStage(task, sites, show, square)
     except AttachError as error:

@@ -295,6 +295,27 @@ def test_a_head_is_fitted_towards_what_is_said(
             TypeError,
             "targets: the function gives other than tensors",
         ),
+        (
+            {"site": "body", "targets": lambda model, images: images.new_ones(len(images), 2)},
+            ValueError,
+            "targets: got '0', the same of an image and of its LR view, wanted what low resolution",
+        ),
+        (
+            {
+                "site": "body",
+                "targets": lambda model, images: scores_of(model, images).mean(0)[None],
+            },
+            ValueError,
+            "targets: '0' of an image hangs on the other images of its batch, wanted an entry for",
+        ),
+        (
+            {
+                "site": "stem",
+                "targets": lambda model, images: scores_of(model, images - images.mean(0)),
+            },
+            ValueError,
+            "targets: '0' of an image hangs on the other images of its batch",
+        ),
         ({"targets": ["neck"]}, AttachError, "site: wanted the name of a module"),
     ],
 )

@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featxfer.features.backbone import frozen
 from featxfer.training.objectives import Objective
-from featxfer_integrations.mechanism.capture import captured, run_host, take_enabled_feature
+from featxfer_integrations.mechanism.capture import (
+    captured,
+    plain,
+    run_host,
+    take_enabled_feature,
+)
 from featxfer_integrations.mechanism.site import AttachError, Site
 
 VECTORS_WEIGHT = 0.1
@@ -105,6 +111,29 @@ def shown_by(function: Callable[[Any, Any], Any]) -> Show:
         return Shown(maps, vectors)
 
     return show
+
+
+@torch.no_grad()
+def check_shown(show: Show, model: nn.Module, pair: Tensor) -> None:
+    """Tries what LR images are to match on an HR image and its LR view, `(2, c, h, w)`.
+
+    Raises `ValueError` where it is the same of both, or hangs on the other images of a batch.
+    """
+    with frozen(model), plain(model):
+        several = [show(model, part) for part in (pair, pair[:1], pair[1:])]
+    both, hr, lr = ({**shown.maps, **shown.vectors} for shown in several)
+    for name, part in both.items():
+        alone, most = torch.cat([hr[name], lr[name]]), float(part.abs().max())
+        if part.shape != alone.shape or not torch.allclose(part, alone, rtol=0, atol=0.05 * most):
+            raise ValueError(
+                f"targets: {name!r} of an image hangs on the other images of its batch, wanted an "
+                "entry for each image that does not"
+            )
+    if all(torch.equal(part, lr[name]) for name, part in hr.items()):
+        raise ValueError(
+            f"targets: got {', '.join(map(repr, hr))}, the same of an image and of its LR view, "
+            "wanted what low resolution changes"
+        )
 
 
 class ShownDistance:

@@ -39,7 +39,7 @@ def reductions(host: Host, model: Any, names: Iterable[str]) -> dict[str, int]:
 
     In sides, from one run on a black image.
     """
-    size, found = host.input_size(model), dict[str, int]()
+    size, found = host.image(model).shape[2], dict[str, int]()
     for name, tensor in passed_by(host, model, names).items():
         shape, side = tuple(tensor.shape), 0
         if len(shape) == 3:
@@ -52,12 +52,18 @@ def reductions(host: Host, model: Any, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
+def ends(found: Mapping[str, int]) -> dict[int, str]:
+    """The last module of each reduction, from the highest resolution; `found` in a run's order."""
+    last = {reduction: name for name, reduction in found.items()}
+    return dict(sorted(last.items()))
+
+
 def block_places(found: Mapping[str, int]) -> list[str]:
     """The last module of each deep reduction; of many of one resolution (ViT) those after thirds.
 
     `found` are reductions by module, in the order of a run.
     """
-    names, last = list(found), {reduction: name for name, reduction in found.items()}
+    names, last = list(found), ends(found)
     if len(last) == 1 and len(names) >= ISOTROPIC:
         return [names[i * len(names) // 3 - 1] for i in (1, 2)]
     return [last[reduction] for reduction in REDUCTIONS if reduction in last]

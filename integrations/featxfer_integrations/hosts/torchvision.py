@@ -13,7 +13,7 @@ from torch import nn
 from featxfer import Preprocessing
 from featxfer_integrations.hosts import base
 from featxfer_integrations.hosts.load import BackboneError
-from featxfer_integrations.hosts.resolutions import block_places, reductions
+from featxfer_integrations.hosts.resolutions import block_places, ends, reductions
 from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
 
 
@@ -71,8 +71,7 @@ class Torchvision(base.Host):
 
     def stages(self, model: Any) -> list[str]:
         """The last layer of each resolution of the feature maps, from the highest one."""
-        found = reductions(self, model, _layers(model))
-        return [name for _, name in sorted({r: name for name, r in found.items()}.items())]
+        return list(ends(reductions(self, model, _layers(model))).values())
 
     def blocks(self, model: Any) -> list[str]:
         """Where `block_places` says, of the layers."""

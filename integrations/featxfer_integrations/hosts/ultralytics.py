@@ -21,9 +21,9 @@ from ultralytics.engine.model import Model
 from ultralytics.nn.tasks import BaseModel, ClassificationModel, DepthModel, RTDETRDetectionModel
 
 from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
-from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts.base import Host, black_image
 from featxfer_integrations.hosts.batch import Batch
+from featxfer_integrations.hosts.resolutions import ends, reductions
 from featxfer_integrations.mechanism.attach import host_device, is_attached
 from featxfer_integrations.mechanism.capture import in_dtype, watched
 from featxfer_integrations.mechanism.shown import Shown
@@ -94,25 +94,17 @@ class Ultralytics(Host):
 
     def stages(self, model: Any) -> list[str]:
         """The backbone's last layer of each resolution, from the highest one."""
-        return list(self._layers_by_reduction(model).values())
+        return list(self._ends(model).values())
 
     def blocks(self, model: Any) -> list[str]:
         """The backbone's last layers of the `reductions`."""
-        last = self._layers_by_reduction(model)
+        last = self._ends(model)
         return [last[reduction] for reduction in self.reductions if reduction in last]
 
-    def _layers_by_reduction(self, model: Any) -> dict[int, str]:
-        last: dict[int, str] = {}
-
-        def note(name: str, output: object) -> None:
-            side = output.shape[2] if isinstance(output, Tensor) and output.ndim == 4 else 1
-            if side > 1 and TRIED_SIZE % side == 0:
-                last[TRIED_SIZE // side] = name
-
+    def _ends(self, model: Any) -> dict[int, str]:
         layers = [f"model.{index}" for index in range(len(model.yaml["backbone"]))]
-        with watched(model, layers, after=note), frozen(model):
-            model(self.image(model))
-        return dict(sorted(last.items()))
+        found = reductions(self, model, layers)  # a layer that pads is no resolution of its own
+        return ends({name: times for name, times in found.items() if TRIED_SIZE % times == 0})
 
 
 class UltralyticsDetection(Ultralytics):

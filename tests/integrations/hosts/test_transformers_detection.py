@@ -16,9 +16,8 @@ pytest.importorskip("transformers")
 
 import transformers as hf
 
-from featxfer import Images, ScaledDegradation, open_images
+from featxfer import ScaledDegradation, open_images
 from featxfer_integrations import (
-    AttachError,
     FitOptions,
     attach_transfer,
     attached_runs,
@@ -56,23 +55,7 @@ def case_of(name: str, folder: Path) -> Case:
     if name not in (*tiny.FIXED, "Yolos"):
         sizes.append((1, 3, 75, 97))
     batches = [torch.rand(size, generator=chance) for size in sizes]
-    return Case(lambda: beside(name, folder), run, batches, VIEW, site="backbone")
-
-
-def beside(name: str, folder: Path, **options: Any) -> Any:
-    """A model that was loaded from where its processor is."""
-    model = tiny.make(name, **options)
-    model.config._name_or_path = str(folder)
-    return model
-
-
-def unread(folder: Path) -> Images:
-    """Images that nobody may look at yet."""
-
-    def read(_: int) -> Tensor:
-        raise AssertionError("an image was read")
-
-    return dataclasses.replace(open_images(folder), read=read)
+    return Case(lambda: tiny.beside(name, folder), run, batches, VIEW, site="backbone")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +106,7 @@ def test_blocks_follow_the_last_maps_of_each_resolution(name: str, modules: list
 def test_what_is_shown_is_what_enters_the_encoder_and_no_more_is_run(
     name: str, discs: Path, tmp_path: Path
 ) -> None:
-    model = beside(name, tiny.save_processor(name, tmp_path))
+    model = tiny.beside(name, tiny.save_processor(name, tmp_path))
     host, images = host_of(model), open_images(discs)
     batch = host.batch(model, [images.read(row) for row in range(2)], host.preprocessing(model))
     names = ("input_projection", "input_proj", "encoder_input_proj")
@@ -146,7 +129,7 @@ def test_what_is_shown_is_what_enters_the_encoder_and_no_more_is_run(
 def test_images_of_two_sizes_are_seen_as_the_processor_gives_them(
     discs: Path, tmp_path: Path
 ) -> None:
-    model = attach_transfer(beside("Detr", tiny.save_processor("Detr", tmp_path)))
+    model = attach_transfer(tiny.beside("Detr", tiny.save_processor("Detr", tmp_path)))
     host, images = host_of(model), [open_images(discs).read(row) for row in range(2)]
     given = hf.AutoImageProcessor.from_pretrained(tmp_path)(images=images, return_tensors="pt")
     assert torch.equal(
@@ -162,7 +145,7 @@ def test_images_of_two_sizes_are_seen_as_the_processor_gives_them(
 def test_preprocessing_is_that_of_the_processor_and_part_of_the_key(
     discs: Path, tmp_path: Path
 ) -> None:
-    model = beside("RTDetr", tmp_path)
+    model = tiny.beside("RTDetr", tmp_path)
     hf.RTDetrImageProcessor(size=tiny.SQUARE).save_pretrained(tmp_path)
     found = host_of(model).preprocessing(model)
     assert (found.mean, found.std) == ((0, 0, 0), (1, 1, 1))
@@ -179,7 +162,7 @@ def test_a_model_and_its_blocks_are_saved_apart_and_meet_in_another_process(
     discs: Path, tmp_path: Path
 ) -> None:
     folder = tiny.save_processor("RTDetr", tmp_path / "model")
-    model = beside("RTDetr", folder)
+    model = tiny.beside("RTDetr", folder)
     once = FitOptions(block_recipe=dataclasses.replace(QUICK, epochs=2), held_out=0.0)
     fit_transfer(model, discs, degradation=VIEW, options=once, cache=tmp_path)
     save_transfers(model, tmp_path / "blocks")
@@ -210,7 +193,7 @@ def test_a_detector_in_training_mode_is_fitted_as_one_in_eval_mode(
     folder, found = tiny.save_processor("RTDetr", tmp_path / "model"), []
     once = FitOptions(block_recipe=dataclasses.replace(QUICK, epochs=1), held_out=0.0)
     for mode in (True, False):
-        model = beside("RTDetr", folder, freeze_backbone_batch_norms=False).train(mode)
+        model = tiny.beside("RTDetr", folder, freeze_backbone_batch_norms=False).train(mode)
         state = state_of(model)
         fit_transfer(model, discs, degradation=VIEW, options=once, cache=tmp_path)
         assert model.training is mode
@@ -293,69 +276,3 @@ def test_a_detector_in_onnx_says_what_it_says_here(tmp_path: Path) -> None:
     said = model(pixels)
     torch.testing.assert_close(torch.from_numpy(logits), said.logits, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(torch.from_numpy(boxes), said.pred_boxes, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (None, r"no image processor is saved .* \(config._name_or_path is '.*none'\), wanted"),
-        ("head", "DetrForObjectDetection is a detector and has no pooled feature"),
-        ("boxes", "site: no module 'boxes'; candidates"),
-        ("stage7", "has no stage7; it has stage0 = model.backbone.model"),
-        ("model.encoder", "trained through the backbone, and 'model.encoder' is not in"),
-    ],
-)
-def test_what_cannot_be_trained_is_told_before_an_image_is_read(
-    asked: str | None, message: str, discs: Path, tmp_path: Path
-) -> None:
-    folder = tiny.save_processor("Detr", tmp_path) if asked else tmp_path / "none"
-    model = beside("Detr", folder)
-    state = state_of(model)
-    with pytest.raises(AttachError, match=message):
-        fit_transfer(
-            model,
-            unread(discs),
-            degradation=VIEW,
-            options=FitOptions(on_error="skip"),
-            cache=tmp_path,
-            site=asked,
-        )
-    assert_untouched(model, state)
-
-
-def test_blocks_go_into_a_backbone_of_timm_and_heads_are_not_trained_there(
-    discs: Path, tmp_path: Path
-) -> None:
-    own = hf.TimmBackboneConfig(backbone="test_efficientnet", out_indices=[2, 3, 4])
-    folder = tiny.save_processor("Detr", tmp_path)
-    model = beside("Detr", folder, backbone_config=own, use_timm_backbone=True)
-    pixels = torch.rand(1, 3, 64, 64)
-    attach_transfer(model)
-    assert attached_runs(model, pixels) == {f"model_backbone_model_blocks_{i}": True for i in "234"}
-    detach_transfer(model)
-    for name, value in model.named_buffers():
-        if name.endswith(".bias"):  # of a black image all maps would be zero, whatever a gate says
-            value.fill_(0.1)
-    squeezed = "model.backbone.model.blocks.3.0.se.conv_reduce"
-    wanted = f"got '{squeezed}', where a head goes, which of a DetrForObject.*wanted blocks in its"
-    with pytest.raises(AttachError, match=wanted):
-        fit_transfer(model, unread(discs), site=["backbone", squeezed], cache=tmp_path)
-
-
-@torch.no_grad()
-def test_a_detector_of_one_channel_takes_blocks_and_no_images_in_colour(
-    discs: Path, tmp_path: Path
-) -> None:
-    grey = tiny.resnet(num_channels=1)
-    folder = tiny.save_processor("Detr", tmp_path)
-    model = beside("Detr", folder, num_channels=1, backbone_config=grey)
-    pixels = torch.rand(1, 1, 64, 64)
-    plain = model(pixels).logits
-    assert torch.equal(attach_transfer(model)(pixels).logits, plain)
-    with pytest.raises(AttachError, match="put a module around one that takes other than 3 chann"):
-        fit_transfer(model, unread(discs), degradation=VIEW, cache=tmp_path)
-
-
-def test_text_detectors_are_not_taken_for_detectors_of_objects() -> None:
-    model = hf.PPOCRV5MobileDetForObjectDetection(hf.PPOCRV5MobileDetConfig()).eval()
-    assert not host_of(model).detects

@@ -133,3 +133,10 @@ def save_processor(name: str, folder: Path) -> Path:
     size = SQUARE if name in FIXED else WIDE
     kind(size=size, do_normalize=True).save_pretrained(folder)
     return folder
+
+
+def beside(name: str, folder: Path, **options: Any) -> Any:
+    """A model that was loaded from where its processor is."""
+    model = make(name, **options)
+    model.config._name_or_path = str(folder)
+    return model

@@ -125,7 +125,7 @@ class Host:
         far on a black image. A module that is not called itself goes with the one around it.
         """
         begun: set[str] = set()
-        running: set[str] = set()
+        running = {""}  # though it is a method of the model that is run
         reached = False
 
         def begin(name: str, _: object) -> None:

@@ -22,7 +22,6 @@ class Transformers(base.Host):
 
     name = "transformers"
     tested = "transformers 5."
-    behind = base.classifiers_behind
 
     def owns(self, model: nn.Module) -> bool:
         """Whether its class, or a base of it, is transformers'."""
@@ -59,12 +58,6 @@ class Transformers(base.Host):
             said = getattr(made, "crop_size", None) or made.size
             size = said.get("height") or said.get("shortest_edge") or size
         return Degradation(hr_size=size, lr_size=min(base.LR_SIZE, size))
-
-    def image(self, model: Any) -> Tensor:
-        """A black image of the size and channels that the configuration says."""
-        size = self.input_size(model)
-        shape = (1, getattr(_config(model), "num_channels", 3), size, size)
-        return base.black_image(model, size, size).new_zeros(shape)
 
     def answers(self, model: Any, batch: Any) -> Any:
         """What the model says of images, of one that reads texts too the images' features."""
@@ -125,6 +118,13 @@ class Transformers(base.Host):
         """The site after a module; of a model that reads texts too, in its images' part."""
         run = _image_features if _reads_texts(model) else None
         return replace(super().after(model, name, kind), run=run)
+
+    def behind(self, model: Any, site: Site) -> tuple[str, ...]:
+        """The classifiers; of a model that reads texts too all but what runs before the site."""
+        if not _reads_texts(model):
+            return base.classifiers_behind(self, model, site)
+        own = (name for name, _ in model.named_parameters(recurse=False))
+        return (*super().behind(model, site), *own)
 
     def _says(self, model: Any) -> Any:
         """What it returns for a black image."""

@@ -22,7 +22,9 @@ from featxfer_integrations import (
     save_transfers,
     transfers_of,
 )
+from featxfer_integrations.hosts.base import find_sites
 from featxfer_integrations.hosts.transformers import preprocessing_of
+from featxfer_integrations.mechanism.fingerprint import backbone_sha256
 from tests.integrations.fitting import BLOCKS, arguments
 from tests.integrations.hosts.fitted_contract import (
     Case,
@@ -198,6 +200,23 @@ def test_a_head_acts_on_the_projected_feature_of_images_alone() -> None:
     assert not torch.equal(after, before)
     assert torch.equal(model.get_text_features(**texts).pooler_output, plain)  # type: ignore[operator]
     assert torch.equal(backbone_of(model, preprocessing=HALF).module(images), before)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_texts_that_were_trained_since_do_not_count(name: str) -> None:
+    model = make(name)
+    host = host_of(model)
+    for asked, counts in (("blocks", "vision_model.embeddings"), ("head", "vision_model.encoder")):
+        site = find_sites(host, model, asked)[0]
+        before = backbone_sha256(host, model, site)
+        with torch.no_grad():
+            for value in (model.logit_scale, *model.get_submodule("text_model").parameters()):
+                value.add_(1)  # type: ignore[operator]
+        assert backbone_sha256(host, model, site) == before
+        with torch.no_grad():
+            for value in model.get_submodule(counts).parameters():
+                value.add_(1)
+        assert backbone_sha256(host, model, site) != before
 
 
 def test_a_model_of_one_channel_finds_its_sites() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from featxfer import BaseDegradation, Degradation, ImageError, open_images
+from featxfer import BaseDegradation, Degradation, ImageError, Preprocessing, open_images
 from featxfer.checks import check_integer
 from featxfer.console import tell
 from featxfer.features.backbone import frozen
@@ -39,6 +39,9 @@ from featxfer_integrations.stages.boxes import Boxes, BoxesStage
 from featxfer_integrations.stages.heads import PooledStage
 from featxfer_integrations.stages.maps import MapsStage
 from featxfer_integrations.stages.pyramid import PyramidStage
+
+FEWEST = 3
+"""Images of which anything can be learned."""
 
 Targets = Sequence[str] | Callable[[Any, Any], Any]
 
@@ -76,14 +79,16 @@ def plan(
         goals, told = asked.goals(targets)
         asked.check_effect(sites, goals is not None)
         asked.check_others(sites)
-        whole = copy.deepcopy(model).float() if host.detects else model
-        prove(whole, sites, square.float() if host.detects else square)
+        asked.prove(sites, goals, views[0], preprocessing)
     except ProbeError as error:
         raise ProbeError(
-            f"degradation: {str(error).removeprefix('model: ')}; set hr_size to a size that it "
-            "takes, and put a module around one that takes other than 3 channels"
+            f"degradation: {type(model).__name__} {str(error).removeprefix('model: it ')}; set "
+            f"hr_size to a size that it takes ({host.input_size(model)} by what it says), and put "
+            "a module around one that takes other than 3 channels"
         ) from error
     opened, folder = open_images(images), Path(cache or default_cache())
+    if len(opened) < FEWEST:
+        raise ValueError(f"images: got {len(opened)}, wanted {FEWEST} at the least, better 100")
     task = Task(model, host, opened, views, preprocessing, options, folder, seed, told)
     if host.detects:
         return _detector_stages(task, sites)
@@ -105,12 +110,6 @@ def plan(
 
 def _through(task: Task, sites: Sequence[Site], show: Show, square: torch.Tensor) -> BlocksStage:
     """Modules towards what the model shows: on kept maps where that is right, else on images."""
-    chance, view = torch.Generator().manual_seed(0), task.views[0]
-    noise = torch.randint(
-        256, (3, *square.shape[2:]), generator=chance, dtype=torch.uint8, device="cpu"
-    )
-    pair = task.host.batch(task.model, [view.hr(noise), view.lr(noise)], task.preprocessing)
-    check_shown(show, task.model, pair.images)
     try:
         return MapsStage(task, sites, show, square)
     except AttachError as error:
@@ -233,7 +232,10 @@ class _Asked:
         names: list[Any] = [*targets] if isinstance(targets, list | tuple) else [targets]
         if not names or not all(isinstance(name, str) for name in names):
             raise TypeError(f"targets: got {targets!r}, wanted names of modules, or a function")
-        sites = [host.measured(model, host.sites(model, n)[0], self.square) for n in names]
+        try:
+            sites = [host.measured(model, host.sites(model, n)[0], self.square) for n in names]
+        except AttachError as error:
+            raise AttachError(f"targets{str(error).removeprefix('site')}") from error
         return ShownAt(sites), names
 
     def check_effect(self, sites: Sequence[Site], has_goals: bool) -> None:
@@ -268,6 +270,23 @@ class _Asked:
                 raise ValueError(
                     f"clusters: got {options.clusters}, the attached head gives {k} logits"
                 )
+
+    def prove(
+        self,
+        sites: Sequence[Site],
+        goals: Show | None,
+        view: BaseDegradation,
+        preprocessing: Preprocessing,
+    ) -> None:
+        """Tries, without a photograph, what LR images are to match and whether modules act."""
+        host, model, square = self.host, self.model, self.square
+        if goals is not None:
+            chance, shape = torch.Generator().manual_seed(0), (3, *square.shape[2:])
+            noise = torch.randint(256, shape, generator=chance, dtype=torch.uint8, device="cpu")
+            pair = host.batch(model, [view.hr(noise), view.lr(noise)], preprocessing)
+            check_shown(goals, model, pair.images)
+        whole = copy.deepcopy(model).float() if host.detects else model
+        prove(whole, sites, square.float() if host.detects else square, goals)
 
     def check_others(self, sites: Sequence[Site]) -> None:
         """Raises `AttachError` where what is attached would not be known to the training."""

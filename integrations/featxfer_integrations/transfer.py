@@ -28,12 +28,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from featxfer import ArtifactError, BaseDegradation, load_head, save_head
+from featxfer import ArtifactError, BaseDegradation, Degradation, load_head, save_head
 from featxfer.modules.artifact import check_fit
 from featxfer.modules.base import TransferModule
 from featxfer.modules.hub import find_files
 from featxfer_integrations.hosts import checked, host_of, unwrapped
-from featxfer_integrations.hosts.base import Host, find_sites
+from featxfer_integrations.hosts.base import Host, ProbeError, black_image, find_sites
 from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.fingerprint import check_weights
 from featxfer_integrations.mechanism.site import AttachError, Site
@@ -87,7 +87,7 @@ def attach_transfer(
     host = host_of(model)
     given = head if isinstance(head, TransferModule | None) else load_head(find_files(head))[0]
     wanted = "head" if output is not None else None if given is None else given.kind
-    sites = find_sites(host, model, site, branch, kind=wanted, width=in_features)
+    sites = _sites(given, host, model, site, branch, kind=wanted, width=in_features)
     _check_free(model, sites)
     if given is None:
         modules = _new_modules(host, model, sites, output, hidden_features)
@@ -100,6 +100,19 @@ def attach_transfer(
     if outer is not model:
         attach.transfers_of(model).share()
     return outer
+
+
+def _sites(module: TransferModule | None, *asked: Any, **known: Any) -> list[Site]:
+    """As `find_sites`; where its image is none that the model takes, by one as in training."""
+    try:
+        return find_sites(*asked, **known)
+    except ProbeError:
+        views = () if module is None or module.card is None else module.card.degradations
+        sizes = [view.hr_size for view in views if isinstance(view, Degradation)]
+        if not sizes:
+            raise
+        image = black_image(asked[1], sizes[0], sizes[0])[:, :1].repeat(1, 3, 1, 1)
+        return find_sites(*asked, **known, image=image)
 
 
 def _new_modules(

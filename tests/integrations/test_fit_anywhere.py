@@ -213,7 +213,7 @@ def scores_of(model: Any, images: Tensor) -> Tensor:
     return model.feature(images).mean((2, 3))  # type: ignore[no-any-return]
 
 
-def fit_anywhere(model: nn.Module, images: Path, cache: Path, **given: Any) -> Any:
+def fit_anywhere(model: nn.Module, images: Any, cache: Path, **given: Any) -> Any:
     usual = {
         "degradation": LR,
         "cache": cache,
@@ -270,6 +270,51 @@ def test_options_of_kept_maps_are_refused_where_images_are_read_anew(
     fit_anywhere(skipping, drawings, tmp_path, site="stem", targets=["neck"], **options)
 
 
+class Sized(nn.Module):
+    """Takes images of 32 pixels alone, and its modules' names are those of a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("body/conv", nn.Conv2d(3, 12, 3, 4, 1))
+        self.fc = nn.Linear(12 * 64, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.fc(self.get_submodule("body/conv")(images).relu().flatten(1))
+        return found
+
+
+def test_a_model_of_one_size_and_of_any_names_is_saved_and_loaded(
+    drawings: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, images = Sized().eval(), torch.randn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    fit_anywhere(model, drawings, tmp_path, site="body/conv", targets=["fc"])
+    saved = save_transfers(model, tmp_path / "saved")
+    assert [path.name for path in saved.iterdir()] == ["body_conv"]
+    with pytest.raises(AttachError, match="it does not run on an image of 3 x 224 x 224"):
+        attach_transfer(plain, site="body/conv")
+    assert torch.equal(load_transfers(plain, saved)(images), model(images))
+
+
+def test_a_model_in_which_something_is_attached_already_is_refused(drawings: Path) -> None:
+    inner = Custom().eval()
+    attach_transfer(inner, site="body")
+    outer = nn.Sequential(inner)
+    for call in (attach_transfer, backbone_of):
+        with pytest.raises(AttachError, match="attached to its module '0', and would act besides"):
+            call(outer, site="0.body")
+    with pytest.raises(AttachError, match="attached to its module '0', and would act besides"):
+        fit_transfer(outer, drawings, site="0.body")
+
+
+def test_two_images_are_too_few(skipping: Skipping, drawings: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="images: got 2, wanted 3 at the least, better 100"):
+        fit_anywhere(
+            skipping, sorted(drawings.iterdir())[:2], tmp_path, site="stem", targets=["neck"]
+        )
+
+
 def test_a_head_is_fitted_towards_what_is_said(
     model: nn.Module, drawings: Path, tmp_path: Path
 ) -> None:
@@ -286,7 +331,16 @@ def test_a_head_is_fitted_towards_what_is_said(
     [
         ({"site": "body"}, AttachError, "targets: wanted what LR images have to match"),
         ({"site": "nowhere", "targets": ["neck"]}, AttachError, "site: no module 'nowhere'"),
-        ({"site": "body", "targets": ["nowhere"]}, AttachError, "no module 'nowhere'"),
+        (
+            {"site": "body", "targets": ["necks"]},
+            AttachError,
+            "targets: no module 'necks', nearest: neck",
+        ),
+        (
+            {"site": "neck", "targets": ["body"]},
+            AttachError,
+            r"at 'neck' changes nothing that Skip",
+        ),
         ({"site": "body", "targets": []}, TypeError, r"targets: got \[\], wanted names"),
         ({"site": "body", "targets": [3]}, TypeError, r"targets: got \[3\], wanted names"),
         ({"site": "body", "targets": 3}, TypeError, "targets: got 3, wanted names"),

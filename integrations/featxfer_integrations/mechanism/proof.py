@@ -16,6 +16,7 @@ from featxfer_integrations.hosts import host_of, unwrapped
 from featxfer_integrations.hosts.base import does_not_run
 from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.capture import take_feature, watched
+from featxfer_integrations.mechanism.shown import Show
 from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
 
 
@@ -88,11 +89,12 @@ class _Nothing(TransferModule):
         return features
 
 
-def prove(model: nn.Module, sites: Sequence[Site], image: Tensor) -> None:
+def prove(model: nn.Module, sites: Sequence[Site], image: Tensor, show: Show | None = None) -> None:
     """Attaches something at each site, sees by one image that it acts, and takes it away again.
 
     The model is as it was after, whatever happens. `image` is `(1, c, h, w)` in its dtype and on
-    its device. Raises `AttachError` where what is attached changes nothing, or it does not run.
+    its device; what acts changes what the model returns or, where that is said, shows. Raises
+    `AttachError` where what is attached changes nothing, or the model does not run.
     """
     watching = [  # a new classifier may be of zeros, and its result the same whatever reaches it
         name
@@ -101,6 +103,8 @@ def prove(model: nn.Module, sites: Sequence[Site], image: Tensor) -> None:
     ]
 
     def run(images: Tensor) -> list[Any]:
+        if show is not None:
+            return [show(model, images)]
         seen: list[Any] = []
         with watched(model, watching, before=lambda _, args: seen.append(args)):
             return [host_of(model).answers(model, images), *seen]
@@ -125,6 +129,6 @@ def prove(model: nn.Module, sites: Sequence[Site], image: Tensor) -> None:
     if idle:
         raise AttachError(
             f"model: what is attached at {', '.join(map(repr, idle))} changes nothing that "
-            f"{type(model).__name__} returns: it is not called, or its result is not used; name "
-            "others by site="
+            f"{type(model).__name__} {'returns' if show is None else 'shows by targets='}: it is "
+            "not called, or its result is not used; name others by site="
         )

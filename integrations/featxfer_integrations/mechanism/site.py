@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -243,7 +245,9 @@ def module_site(model: nn.Module, name: str, **known: Any) -> Site:
     """After a module by name. Of a `Sequential` its last module is hooked, also when run alone."""
     modules = dict(model.named_modules())
     if not name or name not in modules or name.startswith(f"{CHILD}."):
-        raise no_site(model, f"site: no module {name!r}")
+        near = difflib.get_close_matches(name, [*filter(None, modules)], n=3, cutoff=0.7)
+        told = f", nearest: {', '.join(near)}" if near else ""
+        raise no_site(model, f"site: no module {name!r}{told}")
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     leaf = name
     while _runs_its_last_child(model.get_submodule(leaf)):
@@ -257,7 +261,7 @@ def module_site(model: nn.Module, name: str, **known: Any) -> Site:
             f"site: {leaf!r} is a batch norm, which fuse() of {type(model).__name__} takes away "
             "with what is attached to it",
         )
-    key = name.replace(".", "_")
+    key = re.sub(r"\W", "_", name)  # graphs have names with slashes, and keys name folders
     key = f"{key}_" if key in RESERVED or hasattr(nn.ModuleDict(), key) else key
     return Site(key, (leaf,), asked=name, **known)
 

@@ -72,7 +72,7 @@ def plan(
     square = host.image(model)
     if isinstance(views[0], Degradation):
         square = black_image(model, views[0].hr_size, views[0].hr_size)
-    square = square[:, :1].repeat(1, 3, 1, 1)  # images are RGB, whatever the model takes
+    square = square if host.detects else square[:, :1].repeat(1, 3, 1, 1)  # images are RGB
     asked = _Asked(model, host, options, square)
     try:
         sites = asked.sites(site)

@@ -142,7 +142,7 @@ def _check_free(model: nn.Module, sites: list[Site]) -> None:
             f"model: something is attached at {', '.join(map(repr, taken))} already; "
             "detach_transfer first"
         )
-    own = [name for site in sites for name in site.methods if name in vars(model)]
+    own = [name for name in attach.replaced_methods(model, sites) if name in vars(model)]
     if own and not attach.is_attached(model):
         raise AttachError(
             f"model: it has a {own[0]} of its own on this instance, which what is attached would "

@@ -6,8 +6,9 @@ import importlib
 import itertools
 import sys
 import warnings
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ def host_of(model: nn.Module) -> Host:
     that is not tested is warned of, once.
     """
     modules = (module for module, library in _BUILT_IN.items() if library in sys.modules)
-    hosts = itertools.chain(_REGISTERED, map(host_named, modules))
-    host = next((host for host in hosts if host.owns(model)), Host())
+    hosts = itertools.chain(_REGISTERED, map(_host_or_none, modules))
+    host = next((host for host in hosts if host is not None and host.owns(model)), Host())
     if host.tested:
         _warn_if_untested(host.tested)
     return host
@@ -109,9 +110,21 @@ def _check(host: object) -> None:
 
 
 @cache
+def _host_or_none(module: str) -> Host | None:
+    """The host in a module; none, with a warning, where its library lacks what that imports."""
+    try:
+        return host_named(module)
+    except ImportError as error:
+        warnings.warn(f"host {module!r}: {error}; its models are not known", stacklevel=3)
+        return None
+
+
+@cache
 def _warn_if_untested(tested: str) -> None:
     package, covered = tested.split()
-    if not version(package).startswith(covered):
+    with suppress(PackageNotFoundError):
+        if version(package).startswith(covered):
+            return
         warnings.warn(
             f"{package} {version(package)}: featxfer was tested with {covered}*, and what is known "
             "of its models may have changed; attached_runs says whether what is attached acts",

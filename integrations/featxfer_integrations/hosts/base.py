@@ -14,7 +14,12 @@ from featxfer import BaseDegradation, Degradation, Preprocessing
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts.batch import Batch, Sampler
 from featxfer_integrations.mechanism import capture
-from featxfer_integrations.mechanism.attach import attached_at, host_device, transfers_of
+from featxfer_integrations.mechanism.attach import (
+    attached_at,
+    host_device,
+    patch_layer,
+    transfers_of,
+)
 from featxfer_integrations.mechanism.shown import Shown
 from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module_site, no_site
 
@@ -22,7 +27,7 @@ INPUT_SIZE = 224
 """Side of an image where a model does not say its own, in pixels."""
 
 LR_SIZE = 32
-"""Side of the small image by default, pixels; less where the model's own images are smaller."""
+"""Side of the small image by default, pixels; less where the model's own images are no larger."""
 
 
 class ProbeError(AttachError):
@@ -131,9 +136,10 @@ class Host:
         def begin(name: str, _: object) -> None:
             nonlocal reached
             reached = reached or (site.side == "input" and name in site.modules)
-            if not reached:
-                begun.add(name)
-                running.add(name)
+            if not reached:  # lists of layers are not called themselves
+                lists = {name[:end] for end, sign in enumerate(name) if sign == "."} - begun
+                begun.update({name, *lists})
+                running.update({name, *lists})
 
         def end(name: str, _: object) -> None:
             nonlocal reached
@@ -182,7 +188,7 @@ class Host:
     def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
         """Of the size that the model is made for."""
         size = preprocessing.input_size or self.input_size(model)
-        return Degradation(hr_size=size, lr_size=min(LR_SIZE, size))
+        return usual_degradation(size)
 
     def image(self, model: Any) -> Tensor:
         """A black image `(1, c, h, w)` as the model says that it takes them."""
@@ -224,12 +230,19 @@ class Host:
                 f"site: {site.where} gives {shape} of a square image, which does not tell where "
                 "channels are; name another module, or put one behind it that pools the maps"
             )
+        if found.layout == "tokens" and patch_layer(model) is None:
+            found = replace(found, fixed=True)  # of other images nothing would tell the grid
         return found
 
 
 def is_of(model: nn.Module, package: str) -> bool:
     """Whether a model's class, or a base of it, is of a package."""
     return any(cls.__module__.partition(".")[0] == package for cls in type(model).__mro__)
+
+
+def usual_degradation(size: int) -> Degradation:
+    """To `LR_SIZE` and up again; of images that are no larger, to a quarter."""
+    return Degradation(hr_size=size, lr_size=LR_SIZE if size > LR_SIZE else max(1, size // 4))
 
 
 def does_not_run(image: Tensor, error: Exception, so: str) -> ProbeError:

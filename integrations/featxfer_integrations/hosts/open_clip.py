@@ -52,7 +52,8 @@ class OpenClip(base.Host):
     def head(self, model: Any) -> Site:
         """After the visual tower: what `encode_image(images, normalize=False)` gives."""
         name = "" if _tower(model) is model else "visual"
-        methods = {"forward_intermediates": _forward_intermediates}
+        has_it = hasattr(type(model), "forward_intermediates")
+        methods = {"forward_intermediates": _forward_intermediates} if has_it else {}
         return Site("head", (name,), kind="head", methods=methods)
 
     def stages(self, model: Any) -> list[str]:
@@ -81,7 +82,8 @@ class OpenClip(base.Host):
 
     def behind(self, model: Any, site: Site) -> tuple[str, ...]:
         """Besides modules the text tower's parameters that are the whole model's own."""
-        own = () if _tower(model) is model else model.named_parameters(recurse=False)
+        is_theirs = isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP | open_clip.CoCa)
+        own = model.named_parameters(recurse=False) if is_theirs else ()
         return (*super().behind(model, site), *(name for name, _ in own))
 
     def prefix_tokens(self, model: Any) -> int:

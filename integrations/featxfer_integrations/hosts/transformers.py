@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from featxfer import BaseDegradation, Degradation, Preprocessing
+from featxfer import BaseDegradation, Preprocessing
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts import base
 from featxfer_integrations.hosts.resolutions import block_places, passed_by, reductions
+from featxfer_integrations.mechanism import capture
 from featxfer_integrations.mechanism.site import AttachError, Lens, Site, no_site
 
 
@@ -24,8 +27,8 @@ class Transformers(base.Host):
     tested = "transformers 5."
 
     def owns(self, model: nn.Module) -> bool:
-        """Whether its class, or a base of it, is transformers'."""
-        return base.is_of(model, "transformers")
+        """Whether it is a whole model of transformers."""
+        return base.is_of(model, "transformers") and hasattr(model, "main_input_name")
 
     def model_name(self, model: Any) -> str:
         """Where it was loaded from; a model made by hand goes by its class."""
@@ -34,7 +37,7 @@ class Transformers(base.Host):
     def preprocessing(self, model: Any) -> Preprocessing:
         """Of the image processor saved beside the model; without one ImageNet's, with a warning."""
         try:
-            return preprocessing_of(processor_of(model))
+            return preprocessing_of(processor_of(model), self.input_size(model))[0]
         except AttachError as error:
             warnings.warn(
                 f"{error}; ImageNet's mean and std are taken, "
@@ -54,13 +57,13 @@ class Transformers(base.Host):
         """Of the size that the image processor makes; without one, of what `input_size` says."""
         size = self.input_size(model)
         with suppress(AttachError):
-            made = processor_of(model)
-            said = getattr(made, "crop_size", None) or made.size
-            size = said.get("height") or said.get("shortest_edge") or size
-        return Degradation(hr_size=size, lr_size=min(base.LR_SIZE, size))
+            size = preprocessing_of(processor_of(model), size)[1]
+        return base.usual_degradation(size)
 
     def answers(self, model: Any, batch: Any) -> Any:
         """What the model says of images, of one that reads texts too the images' features."""
+        if isinstance(batch, Mapping):
+            return model(**batch)
         return _image_features(model, batch) if _reads_texts(model) else model(batch)
 
     def head(self, model: Any) -> Site:
@@ -75,7 +78,7 @@ class Transformers(base.Host):
         if run is not None and isinstance(getattr(model, "vision_model", None), nn.Module):
             lens = Lens(("pooler_output",))
             return Site("head", ("vision_model",), kind="head", lens=lens, run=run)
-        if _is_headless(self._says(model)):
+        if self._says(model).get("pooler_output") is None:
             raise no_site(model, f"site: {type(model).__name__} gives no pooler_output")
         return Site("head", ("",), kind="head", lens=Lens(("pooler_output",)))
 
@@ -85,7 +88,7 @@ class Transformers(base.Host):
         paths: list[tuple[str | int, ...]] = [
             ("feature_maps", i) for i, _ in enumerate(said.get("feature_maps", ()))
         ]
-        if not paths and _is_headless(said):
+        if not paths and said.get("pooler_output") is None and "logits" not in said:
             paths = [("last_hidden_state",)]
         if not paths:
             return [self.head(model)]
@@ -128,8 +131,15 @@ class Transformers(base.Host):
 
     def _says(self, model: Any) -> Any:
         """What it returns for a black image."""
-        with frozen(model):
-            return self.answers(model, self.image(model))
+        image = self.image(model)
+        try:
+            with frozen(model), capture.plain(model):
+                said = self.answers(model, image)
+        except Exception as error:  # whatever a foreign model raises
+            raise base.does_not_run(image, error, "what it gives is not known") from error
+        if not isinstance(said, Mapping):
+            raise AttachError(f"model: it gives a {type(said).__name__}, wanted return_dict=True")
+        return said
 
     def _reductions(self, model: Any) -> dict[str, int]:
         return reductions(self, model, _layers(model))
@@ -154,17 +164,26 @@ def processor_of(model: Any) -> Any:
         ) from error
 
 
-def preprocessing_of(processor: Any) -> Preprocessing:
-    """Mean, std and order of channels of an image processor."""
-    scale = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
-    mean, std = (0.0,) * 3, (1.0,) * 3
-    if processor.do_normalize:
-        mean, std = processor.image_mean, processor.image_std
-    return Preprocessing(
-        tuple(value / scale for value in mean),  # type: ignore[arg-type]
-        tuple(value / scale for value in std),  # type: ignore[arg-type]
-        bgr=bool(getattr(processor, "do_flip_channel_order", False)),
-    )
+def preprocessing_of(processor: Any, side: int) -> tuple[Preprocessing, int]:
+    """What an image processor does to images of one colour, and the side of what it makes.
+
+    They are squares of `side` pixels, which a processor that does not resize leaves as they are.
+    """
+    colours = ("black", "white", "red")
+    images = [Image.new("RGB", (side, side), colour) for colour in colours]
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"].double()
+    black, white, red = pixels[:, :, pixels.shape[2] // 2, pixels.shape[3] // 2]
+    bgr = bool((red - black)[0].abs() < (red - black)[-1].abs())
+    if bgr:
+        black, white = black.flip(0), white.flip(0)
+    std = 1 / (white - black)
+    mean = -black * std
+    return Preprocessing(_rounded(mean), _rounded(std), bgr=bgr), int(pixels.shape[2])
+
+
+def _rounded(values: Tensor) -> tuple[float, float, float]:
+    red, green, blue = (round(value, 6) + 0.0 for value in values.tolist())
+    return red, green, blue
 
 
 def _config(model: Any) -> Any:
@@ -185,17 +204,15 @@ def _image_features(model: Any, images: Tensor) -> Any:
     return model.get_image_features(pixel_values=images)
 
 
-def _is_headless(said: Any) -> bool:
-    """Whether a model gives no pooled feature."""
-    return said.get("pooler_output") is None and "logits" not in said
-
-
-def _layers(model: nn.Module) -> list[str]:
+def _layers(model: Any) -> list[str]:
     """Names of the items of the outermost lists of layers in the part that images pass."""
+    body = model.base_model_prefix
+    inside = f"{body}." if isinstance(getattr(model, body, None), nn.Module) else ""
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and not name.startswith("text_model.")
+        if isinstance(module, nn.ModuleList) and name.startswith(inside)
+        if not name.startswith("text_model.")
     ]
     outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
     return [f"{n}.{item}" for n in outermost for item, _ in model.get_submodule(n).named_children()]
@@ -204,9 +221,10 @@ def _layers(model: nn.Module) -> list[str]:
 def _classifiers(model: Any) -> tuple[str, ...]:
     """Names of the layers behind the body that give the classes' scores, or stand in for them."""
     body = {name.partition(".")[0] for name in _layers(model)} | {model.base_model_prefix}
+    others = ("head", "fc") if type(model).__name__.endswith("ForImageClassification") else ()
     found = []
     for name, child in model.named_children():
-        if name not in body and "classifier" in name:
+        if name not in body and ("classifier" in name or name in others):
             layers = [n for n, m in child.named_modules(prefix=name) if not list(m.children())]
             found.append(layers[-1])
     return tuple(found)

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 
 from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
 from featxfer.features.backbone import frozen
-from featxfer_integrations.hosts.base import Host, black_image
+from featxfer_integrations.hosts.base import Host, black_image, input_channels
 from featxfer_integrations.hosts.batch import Batch
 from featxfer_integrations.hosts.pyramids import blocks_of, modules_by_reduction
 from featxfer_integrations.hosts.transformers import preprocessing_of, processor_of
@@ -69,11 +69,12 @@ class TransformersDetection(Host):
         return f"transformers/{type(model).__name__}"
 
     def preprocessing(self, model: Any) -> Preprocessing:
-        """Of the image processor that is saved beside the model; `AttachError` without one."""
-        processor = processor_of(model)
-        return Processed(
-            **asdict(preprocessing_of(processor)), processor=processor.to_json_string()
-        )
+        """Of the image processor saved beside the model; `AttachError` without, or not of RGB."""
+        processor, channels = processor_of(model), input_channels(model)
+        if channels != 3:
+            raise AttachError(f"model: it takes images of {channels} channels, wanted 3")
+        done, _ = preprocessing_of(processor, INPUT_SIZE)
+        return Processed(**asdict(done), processor=processor.to_json_string())
 
     def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
         """Images keep their sizes."""

@@ -135,11 +135,11 @@ def install(
         host.register_forward_pre_hook(partial(_check_hooks, transfers_of(host)))
     transfers_of(host)[site.name] = module
     hook_modules(host, site)
-    for method, function in _methods(host, [site]).items():
+    for method, function in replaced_methods(host, [site]).items():
         setattr(host, method, partial(function, host))
 
 
-def _methods(host: nn.Module, sites: Sequence[Site]) -> dict[str, Callable[..., Any]]:
+def replaced_methods(host: nn.Module, sites: Sequence[Site]) -> dict[str, Callable[..., Any]]:
     """Methods of the host that are replaced while something is attached at these sites."""
     found = {name: function for site in sites for name, function in site.methods.items()}
     if sites and hasattr(host, "save_pretrained"):
@@ -161,10 +161,15 @@ def hook_modules(host: nn.Module, site: Site) -> None:
         else:
             before = partial(_transfer_input, transfers, site.name)
             module.register_forward_pre_hook(before, prepend=True)
-    layers = (module for module in host.modules() if isinstance(module, nn.Conv2d))
-    if site.layout == "tokens" and (patches := next(layers, None)) is not None:
+    if site.layout == "tokens" and (patches := patch_layer(host)) is not None:
         patches.register_forward_hook(partial(_check_grid, transfers, site.name))
     _forget_compiled()
+
+
+def patch_layer(host: nn.Module) -> nn.Conv2d | None:
+    """The host's first convolution, which makes patches of images where tokens pass."""
+    named = (m for name, m in host.named_modules() if name.partition(".")[0] != CHILD)
+    return next((module for module in named if isinstance(module, nn.Conv2d)), None)
 
 
 def unhook_modules(host: nn.Module, site: str | None = None) -> None:
@@ -193,7 +198,7 @@ def uninstall(host: nn.Module, site: Site | None = None) -> None:
     transfers, attached = transfers_of(host), attached_sites(host)
     kept = [other for other in attached if site is not None and other.name != site.name]
     unhook_modules(host, site.name if site is not None and kept else None)
-    for method in _methods(host, attached).keys() - _methods(host, kept).keys():
+    for method in replaced_methods(host, attached).keys() - replaced_methods(host, kept).keys():
         delattr(host, method)
     if site is not None and kept:
         del transfers[site.name], transfers.sites[site.name]

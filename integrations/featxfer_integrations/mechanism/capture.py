@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from featxfer_integrations.mechanism.attach import host_parameter, is_attached, transfer_disabled
@@ -21,14 +23,17 @@ def watched(
     before: Callable[[str, Any], object] | None = None,
     after: Callable[[str, Any], object] | None = None,
 ) -> Iterator[None]:
-    """Inside, each run of these modules is told: the name, with the arguments or the result."""
-    handles = []
+    """Inside, each run of these modules is told: the name, with the arguments or the result.
+
+    Of those in this thread: the model may be in use in others.
+    """
+    handles, thread = [], threading.get_ident()
     for name in names:
         module = model.get_submodule(name)
         if before is not None:
-            handles.append(module.register_forward_pre_hook(partial(_tell, before, name)))
+            handles.append(module.register_forward_pre_hook(partial(_tell, thread, before, name)))
         if after is not None:
-            handles.append(module.register_forward_hook(partial(_tell, after, name)))
+            handles.append(module.register_forward_hook(partial(_tell, thread, after, name)))
     try:
         yield
     finally:
@@ -36,9 +41,12 @@ def watched(
             handle.remove()
 
 
-def _tell(tell: Callable[[str, Any], object], name: str, _: nn.Module, *passed: Any) -> None:
+def _tell(
+    thread: int, tell: Callable[[str, Any], object], name: str, _: nn.Module, *passed: Any
+) -> None:
     """A hook: `passed` is the arguments, or these and the result."""
-    tell(name, passed[-1])
+    if torch.compiler.is_compiling() or threading.get_ident() == thread:
+        tell(name, passed[-1])
 
 
 @contextmanager

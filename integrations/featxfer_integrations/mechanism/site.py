@@ -92,6 +92,8 @@ class Lens:
 
 def _part(value: Any, key: str | int) -> Any:
     """An entry of a mapping or a tuple, or an attribute."""
+    if isinstance(value, tuple | list) and not isinstance(key, int):
+        raise AttachError(f"model: it gives a tuple, wanted its {key!r} by name (return_dict=True)")
     is_indexed = isinstance(value, Mapping) or isinstance(key, int)
     return value[key] if is_indexed else getattr(value, str(key))
 

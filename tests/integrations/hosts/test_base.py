@@ -8,13 +8,15 @@ import pytest
 import timm
 import torch
 import torchvision.models
-from torch import nn
+from torch import Tensor, nn
 
+from featxfer import Degradation
 from featxfer_integrations import (
     AttachError,
     attach_transfer,
     host_of,
 )
+from featxfer_integrations.hosts.base import usual_degradation
 from tests.integrations.models import make_branched
 
 
@@ -63,3 +65,29 @@ def test_torchvision_models_are_asked_for_their_size() -> None:
     assert host_of(model).input_size(model) == 240
     resnet = torchvision.models.resnet18()
     assert host_of(resnet).input_size(resnet) == 224
+
+
+@pytest.mark.parametrize(("size", "lr_size"), [(224, 32), (64, 32), (32, 8), (16, 4), (2, 1)])
+def test_small_images_are_smaller_than_the_models_own(size: int, lr_size: int) -> None:
+    assert usual_degradation(size) == Degradation(hr_size=size, lr_size=lr_size)
+
+
+def test_a_grid_is_told_by_patches_or_fixed() -> None:
+    """Where no convolution makes patches, nothing tells the proportion of other images."""
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.norm = nn.Linear(3 * 16, 8), nn.LayerNorm(8)
+            self.image_size = 16
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = nn.functional.unfold(images, 4, stride=4).mT
+            found: Tensor = self.norm(self.patches(tokens))
+            return found
+
+    model = Linear().eval()
+    attach_transfer(model, site="patches")
+    assert model(torch.rand(1, 3, 16, 16)).shape == (1, 16, 8)
+    with pytest.raises(ValueError, match=r"maps: got shape \(1, 64, 8\), wanted tokens"):
+        model(torch.rand(1, 3, 16, 64))

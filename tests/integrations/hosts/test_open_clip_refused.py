@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from featxfer import FeatureTransferHead, Preprocessing
 from featxfer_integrations import (
@@ -14,8 +15,11 @@ from featxfer_integrations import (
     attach_transfer,
     attached_runs,
     fit_transfer,
+    host_of,
     transfers_of,
 )
+from featxfer_integrations.mechanism.attach import attached_sites
+from featxfer_integrations.mechanism.fingerprint import backbone_sha256
 from tests.integrations.fitting import assert_untouched, state_of
 from tests.integrations.hosts.test_open_clip import TEXT, VIT, make, open_clip
 from tests.integrations.models import randomise_all
@@ -86,3 +90,26 @@ def test_images_that_are_not_square() -> None:
         assert transfers_of(model)[name].config["grid"] == [4, 8]
     with pytest.raises(AttachError, match=r"they make 8 x 4 patches, wanted .* 4 : 8 of the"):
         model.encode_image(images.mT)
+
+
+class Scaled(nn.Module):
+    """A user's own module around a tower, with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.visual = nn.Parameter(torch.ones(1)), make("vit").visual
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.visual(images * self.scale)
+        return found
+
+
+def test_parameters_of_ones_own_around_a_tower_count() -> None:
+    model = attach_transfer(Scaled().eval(), site="blocks")
+    host, site = host_of(model), attached_sites(model)[0]
+    before = backbone_sha256(host, model, site)
+    with torch.no_grad():
+        model.scale.mul_(5)
+    assert backbone_sha256(host, model, site) != before
+    attach_transfer(model)
+    assert "forward_intermediates" not in vars(model)

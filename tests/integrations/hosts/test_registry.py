@@ -189,7 +189,7 @@ CANDIDATES = r"; candidates in Tiny: stem, stem\.0, stem\.1, stem\.2, pool, pool
         ("blocks", "site: Tiny names no stage of maps"),
         ("stage0", "site: no module 'stage0'"),
         ("boxes", "site: no module 'boxes'"),
-        ("stem.7", r"site: no module 'stem\.7'"),
+        ("stem.7", r"site: no module 'stem\.7', nearest: stem\.2, stem\.1, stem\.0"),
     ],
 )
 def test_errors_of_a_model_of_no_known_host_list_candidates(site: str, message: str) -> None:
@@ -292,3 +292,27 @@ def test_a_version_that_is_not_tested_is_warned_of_once(monkeypatch: pytest.Monk
     ):
         host_of(Deep())
     assert host_of(Deep()) is host
+
+
+def test_a_library_that_lacks_what_its_host_needs_is_warned_of_and_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An older version of it may be installed beside a model that is not its own."""
+    monkeypatch.setattr("featxfer_integrations.hosts._BUILT_IN", {"gone": "torch"})
+    monkeypatch.setattr("featxfer_integrations.hosts._REGISTERED", [])
+    with pytest.warns(UserWarning, match="host 'gone': No module named .*its models are not known"):
+        assert host_of(make("tiny")).name == "torch"
+
+
+def test_a_method_of_the_instances_own_is_not_passed_by() -> None:
+    model: Any = Deep()
+    type(model).save_pretrained = lambda self, folder: None
+    model.save_pretrained = print
+    try:
+        with pytest.raises(
+            AttachError, match="it has a save_pretrained of its own on this instance"
+        ):
+            attach_transfer(model, site="first")
+    finally:
+        del type(model).save_pretrained
+    assert vars(model)["save_pretrained"] is print

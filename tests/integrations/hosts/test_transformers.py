@@ -227,16 +227,34 @@ def test_a_model_of_one_channel_finds_its_sites() -> None:
     assert torch.equal(model(images).logits, plain)
 
 
-def test_the_image_processor_is_the_preprocessing(tmp_path: Path) -> None:
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "CLIPImageProcessor": {},
+    "EfficientNetImageProcessor": {},
+    "EfficientNetImageProcessor with an offset": {"rescale_offset": True},
+    "MobileViTImageProcessor": {},
+    "PPLCNetImageProcessor": {},
+    "ViTImageProcessor": {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_the_image_processor_is_the_preprocessing(name: str) -> None:
+    """Mean, std and order of channels are what it does, whatever it calls them."""
+    processor = getattr(transformers, name.split()[0])(**PROCESSORS[name])
+    done, side = preprocessing_of(processor, 64)
+    pixels = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
+    wanted = processor(pixels, do_resize=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(done(pixels), wanted, atol=1e-4, rtol=1e-4)
+    assert side == wanted.shape[2]
+    assert done.bgr == (name in ("MobileViTImageProcessor", "PPLCNetImageProcessor"))
+
+
+def test_it_is_read_from_where_the_model_is(tmp_path: Path) -> None:
     make("mobilevit").save_pretrained(tmp_path)  # type: ignore[operator]
     transformers.MobileViTImageProcessor().save_pretrained(tmp_path)
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
-    assert host_of(model).preprocessing(model) == Preprocessing((0.0,) * 3, (1.0,) * 3, bgr=True)
-    processor = transformers.ViTImageProcessor(rescale_factor=1 / 127.5, image_mean=[1.0] * 3)
-    processor.save_pretrained(tmp_path)
-    pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
-    wanted = processor(pixels, do_resize=False, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(preprocessing_of(processor)(pixels), wanted)
+    found = host_of(model).preprocessing(model)
+    assert found == Preprocessing((0.0,) * 3, (1.0,) * 3, bgr=True)
 
 
 def test_views_are_of_the_size_that_the_image_processor_makes(tmp_path: Path) -> None:
@@ -310,3 +328,25 @@ def test_an_exported_model_gives_what_it_gives_with_what_is_attached(
         session: Any = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "vit.onnx")
         (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_what_a_model_gives_in_a_tuple_is_told() -> None:
+    model, images = make("vit body"), case("vit body").batches[0]
+    attach_transfer(model)
+    with pytest.raises(AttachError, match=r"wanted its 'pooler_output' by name \(return_dict=True"):
+        model(images, return_dict=False)
+    torch.manual_seed(0)
+    tuples = transformers.ViTModel(transformers.ViTConfig(**TOWER, return_dict=False)).eval()
+    with pytest.raises(AttachError, match="model: it gives a tuple, wanted return_dict=True"):
+        attach_transfer(tuples)
+
+
+def test_a_segmenter_takes_blocks_in_its_body() -> None:
+    torch.manual_seed(0)
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 16, 32, 64], depths=[1] * 4, decoder_hidden_size=16, image_size=64
+    )
+    model = transformers.SegformerForSemanticSegmentation(config).eval()
+    assert all(name.startswith("segformer.") for name in host_of(model).blocks(model))
+    with pytest.raises(AttachError, match="gives no pooler_output; candidates"):
+        attach_transfer(model)

@@ -93,7 +93,7 @@ def test_a_detector_of_one_channel_takes_blocks_and_no_images_in_colour(
     pixels = torch.rand(1, 1, 64, 64)
     plain = model(pixels).logits
     assert torch.equal(attach_transfer(model)(pixels).logits, plain)
-    with pytest.raises(AttachError, match="put a module around one that takes other than 3 chann"):
+    with pytest.raises(AttachError, match="model: it takes images of 1 channels, wanted 3"):
         fit_transfer(model, unread(discs), degradation=VIEW, cache=tmp_path)
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from featxfer import Degradation, ScaledDegradation, open_images
 from featxfer_integrations import (
     AttachError,
+    FitOptions,
     attach_transfer,
     attached_runs,
     backbone_of,
@@ -275,6 +277,9 @@ def test_models_of_one_channel_are_given_greyscale_and_others_are_refused(
     grey = host.batch(model, [pixels], host.preprocessing(model)).images
     wanted = torch.from_numpy(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)) / 255
     torch.testing.assert_close(grey[0, 0], wanted, atol=0.51 / 255, rtol=0)
+    quick = FitOptions(block_recipe=dataclasses.replace(SHORT, epochs=1))
+    with warnings.catch_warnings(action="ignore"):  # of random weights little is learned
+        fit_transfer(model, waves, degradation=VIEW, options=quick, cache=tmp_path)
     model = make("yolov8n", channels=4)
     attach_transfer(model)
     with pytest.raises(AttachError, match="model: it takes images of 4 channels, wanted 1 or 3"):

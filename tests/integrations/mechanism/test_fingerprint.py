@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision.models
-from torch import nn
+from torch import Tensor, nn
 
 from featxfer import Card, Degradation
 from featxfer_integrations import (
@@ -161,3 +161,29 @@ def test_a_key_hangs_on_settings_layers_blocks_and_weights(by_hand: Any) -> None
     nn.init.ones_(model.rpn.head.cls_logits.bias)
     keys.append(model_sha256(model))
     assert len(set(keys)) == len(keys)
+
+
+class Layered(nn.Module):
+    """Layers in a list, which is not called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(4))
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for layer in self.layers:
+            images = layer(images)
+        found: Tensor = self.fc(images.mean((2, 3)))
+        return found
+
+
+def test_layers_of_a_list_count_as_far_as_the_site() -> None:
+    model = Layered().eval()
+    host, site = host_of(model), find_site(model, "layers.2")
+    assert host.behind(model, site) == ("layers.3", "fc")
+    before = backbone_sha256(host, model, site)
+    for name, counts in (("layers.3", False), ("layers.0", True)):
+        with torch.no_grad():
+            model.get_submodule(name).weight.add_(1)  # type: ignore[operator]
+        assert (backbone_sha256(host, model, site) != before) == counts

@@ -12,7 +12,8 @@ torchvision's detectors: "boxes": a head where the features of boxes meet the pr
 the class scores alone; of detectors without proposals (RetinaNet, FCOS, SSD) at each position
 before the last convolution of the classification branch, of SSD a head a level. "backbone": blocks
 after the backbone's last maps of 1/8, 1/16 and 1/32 of the image; "fpn": a block at each level of
-what the backbone returns; or one of these ("boxes_class3"). Ultralytics' detectors: "backbone".
+what the backbone returns; or one of these ("boxes_class3"). Detectors of transformers and
+ultralytics: "backbone".
 
 With output "clusters" the feature becomes the paper's k cluster logits. The classifier does not fit
 them: it stays in the model, with its weights in the `state_dict`, but is passed by, and the model
@@ -61,8 +62,8 @@ def attach_transfer(
     takes the model's device, dtype and training mode.
 
     Args:
-        model: of a known host (timm, torchvision, ultralytics, one that is registered), or any
-            other module with `site`; ultralytics' `YOLO` stands for the model in it.
+        model: of a known host (timm, torchvision, transformers, open_clip, ultralytics, one that
+            is registered), or any module with `site`; a `YOLO` stands for the model in it.
         head: a FeatureTransferHead or FeatureTransferBlock; a folder or hub id of a saved one; None
             for a new one.
         site: where, by default "head" or a detector's "boxes"; see the module's description.

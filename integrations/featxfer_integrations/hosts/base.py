@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from featxfer import BaseDegradation, Degradation, Preprocessing
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts.batch import Batch, Sampler
-from featxfer_integrations.mechanism import capture
-from featxfer_integrations.mechanism.attach import (
-    attached_at,
-    host_device,
-    patch_layer,
-    transfers_of,
-)
+from featxfer_integrations.mechanism import attach, capture
 from featxfer_integrations.mechanism.shown import Shown
 from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module_site, no_site
 
@@ -164,7 +158,7 @@ class Host:
 
     def batch(self, model: Any, images: Sequence[Tensor], preprocessing: Preprocessing) -> Batch:
         """Images, uint8 `(3, h, w)`, as the model takes them."""
-        pixels = torch.stack(list(images)).to(host_device(model))
+        pixels = torch.stack(list(images)).to(attach.host_device(model))
         return Batch(capture.in_dtype(model, preprocessing(pixels)))
 
     def show(self, model: Any, batch: Batch) -> Shown:
@@ -230,9 +224,8 @@ class Host:
                 f"site: {site.where} gives {shape} of a square image, which does not tell where "
                 "channels are; name another module, or put one behind it that pools the maps"
             )
-        if found.layout == "tokens" and patch_layer(model) is None:
-            found = replace(found, fixed=True)  # of other images nothing would tell the grid
-        return found
+        fixed = found.layout == "tokens" and attach.patch_layer(model) is None
+        return replace(found, fixed=True) if fixed else found
 
 
 def is_of(model: nn.Module, package: str) -> bool:
@@ -280,7 +273,7 @@ def input_width(module: nn.Module) -> int | None:
 def black_image(model: nn.Module, height: int, width: int) -> Tensor:
     """An image `(1, c, height, width)` of zeros, on the model's device and in its dtype."""
     shape = (1, input_channels(model), height, width)
-    return capture.in_dtype(model, torch.zeros(shape, device=host_device(model)))
+    return capture.in_dtype(model, torch.zeros(shape, device=attach.host_device(model)))
 
 
 def said_sides(model: nn.Module) -> tuple[int, int] | None:
@@ -338,8 +331,8 @@ def find_sites(
                 f"site: host {host.name!r} has {site.name!r} at {missing[0]!r}, which is no module "
                 f"of this {type(model).__name__}"
             )
-        if attached_at(model, site) is not None:
-            site = transfers_of(model).sites[site.name]
+        if attach.attached_at(model, site) is not None:
+            site = attach.transfers_of(model).sites[site.name]
         is_told = site.width is not None and (site.layout is not None or site.kind == "head")
         if not is_told or (image is not None and not site.repeats):
             try:

@@ -63,7 +63,8 @@ def test_blocks_are_the_identity_until_trained_and_leave_no_trace(name: str) -> 
     assert [block.prefix_tokens for block in blocks] == [prefix or 0] * 2
 
 
-FITTED = ["beit_base_patch16_224", "convit_tiny", "eva02_tiny_patch14_224", "mobilevitv2_050"]
+FITTED = ["beit_base_patch16_224", "convit_tiny", "mobilevitv2_050"]
+FITTED += ["deit_tiny_distilled_patch16_224"]
 FITTED += ["swin_tiny_patch4_window7_224", "vit_small_patch14_reg4_dinov2"]
 FITTED += ["vit_small_patch16_dinov3_qkvb", "vit_tiny_patch16_224"]
 

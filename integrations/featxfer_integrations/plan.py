@@ -40,9 +40,6 @@ from featxfer_integrations.stages.heads import PooledStage
 from featxfer_integrations.stages.maps import MapsStage
 from featxfer_integrations.stages.pyramid import PyramidStage
 
-FEWEST = 3
-"""Images of which anything can be learned."""
-
 Targets = Sequence[str] | Callable[[Any, Any], Any]
 
 
@@ -87,8 +84,6 @@ def plan(
             "a module around one that takes other than 3 channels"
         ) from error
     opened, folder = open_images(images), Path(cache or default_cache())
-    if len(opened) < FEWEST:
-        raise ValueError(f"images: got {len(opened)}, wanted {FEWEST} at the least, better 100")
     task = Task(model, host, opened, views, preprocessing, options, folder, seed, told)
     if host.detects:
         return _detector_stages(task, sites)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from featxfer_integrations.hosts.base import Host
-from featxfer_integrations.mechanism.site import CHILD, AttachError
+from featxfer_integrations.mechanism.site import AttachError
 
 _BUILT_IN = {
     "torchvision_detection": "torchvision",
@@ -86,11 +86,6 @@ def _check(host: object) -> None:
         raise AttachError(f"model: got a {type(host).__name__}, wanted the model in it, .module")
     for name, module in host.named_modules():
         kind = type(module)
-        if name and CHILD in module._modules:
-            raise AttachError(
-                f"model: something is attached to its module {name!r}, and would act besides; pass "
-                "that, or detach_transfer it first"
-            )
         if ".quantized" in kind.__module__:
             raise AttachError(
                 f"model: module {name!r} is quantised ({kind.__name__}), "

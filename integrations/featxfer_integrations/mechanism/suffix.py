@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from featxfer_integrations.mechanism.attach import (
     transfers_of,
     uninstall,
 )
-from featxfer_integrations.mechanism.capture import take_enabled_feature, take_feature, watched
+from featxfer_integrations.mechanism.capture import no_tensor, take_enabled_feature, watched
 from featxfer_integrations.mechanism.shown import Show, Shown
 from featxfer_integrations.mechanism.site import AttachError, Site
 
@@ -79,6 +80,15 @@ class _Kept:
     maps = torch.empty(0)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What modules that are done before the site return, the site's own, and what is shown."""
+
+    done: dict[str, Any]
+    returned: Any
+    shown: Shown
+
+
 class Suffix(FrozenCopy):
     """From the maps, tokens or vectors behind `site` to what the model shows, layers frozen.
 
@@ -94,11 +104,10 @@ class Suffix(FrozenCopy):
         super().__init__(model, show, precision)
         self.host.to(memory_format=torch.channels_last)
         self.site, self._image, self._kept = site, image[:1].float(), _Kept()
-        other = 1 - 2 * self._image
         with torch.no_grad():
-            maps = [take_feature(self.host, site, view) for view in (self._image, other)]
-            wanted = [show(self.host, view) for view in (self._image, other)]
-            self._skip(site.modules[0], other)
+            runs = [self._run(view) for view in (self._image, 1 - 2 * self._image)]
+            maps = [site.lens.get(run.returned) for run in runs]
+            self._skip(*runs)
             _spare_strided_depthwise(self.host)
             try:
                 got = [self._replayed(part, partial(show, self.host)) for part in maps]
@@ -108,7 +117,7 @@ class Suffix(FrozenCopy):
                     f"{site.modules[0]!r} alone ({type(error).__name__}: {error})"
                 ) from error
         self.shape = tuple(maps[0].shape[1:])
-        if not all(map(_are_close, got, wanted)):
+        if not all(_are_close(part, run.shown) for part, run in zip(got, runs, strict=True)):
             raise AttachError(
                 f"site: what this {type(model).__name__} shows does not come from the maps "
                 f"after {site.modules[0]!r} alone"
@@ -138,35 +147,35 @@ class Suffix(FrozenCopy):
         finally:
             self._kept.maps = torch.empty(0)
 
-    def _skip(self, stage: str, other: Tensor) -> None:
-        """Replaces the site's module by the kept maps, and all that is done before by nothing.
-
-        But for what is the same of the `other` image, such as embeddings of positions.
-        """
-        done, maps = self._before(stage, self._image)
-        others, _ = self._before(stage, other)
-        seen = [name for name, output in done.items() if not _are_same(output, others[name])]
-        for name in seen:
-            if not any(name.startswith(f"{other}.") for other in seen):
-                self.host.get_submodule(name).forward = partial(_empty, self._kept, done[name])
-        returned = partial(_kept_maps, self._kept, self.site, maps)
-        self.host.get_submodule(stage).forward = returned
-
-    def _before(self, stage: str, image: Tensor) -> tuple[dict[str, Any], Any]:
-        """What each module returns that is done before the site's, and what that returns."""
+    def _run(self, image: Tensor) -> _Run:
+        """A run of the whole copy."""
         done: dict[str, Any] = {}
         passed: list[Any] = []
 
         def note(name: str, output: Any) -> None:
-            if name == stage:
+            if name == self.site.modules[0]:
                 passed.append(output)
             elif not passed:
                 done[name] = output
 
         names = [name for name, _ in self.host.named_modules() if name]
         with watched(self.host, names, after=note):
-            self.show(self.host, image)
-        return done, passed[0]
+            shown = self.show(self.host, image)
+        if not passed:
+            raise no_tensor(self.site)
+        return _Run(done, passed[0], shown)
+
+    def _skip(self, run: _Run, other: _Run) -> None:
+        """Replaces the site's module by the kept maps, and all that is done before by nothing.
+
+        But for what is the same in both runs, such as embeddings of positions.
+        """
+        seen = [name for name in run.done if not _are_same(run.done[name], other.done[name])]
+        for name in seen:
+            if not any(name.startswith(f"{around}.") for around in seen):
+                self.host.get_submodule(name).forward = partial(_empty, self._kept, run.done[name])
+        returned = partial(_kept_maps, self._kept, self.site, run.returned)
+        self.host.get_submodule(self.site.modules[0]).forward = returned
 
 
 def _are_close(got: Shown, wanted: Shown) -> bool:

@@ -35,6 +35,25 @@ def figures() -> Callable[..., dict[str, list[float]]]:
 
 
 @pytest.fixture
+def check_shares(
+    figures: Callable[..., dict[str, list[float]]],
+    train_photos: Path,
+    test_photos: Path,
+    tmp_path: Path,
+) -> Callable[..., None]:
+    """Runs an example of detectors, with more options: each line has two shares in percent."""
+
+    def check(command: Command, *options: object) -> None:
+        printed = figures(command, train_photos, test_photos, "--cache", tmp_path, *options)
+        assert list(printed) == ["LR, before", "LR, after", "HR, after"]
+        for shares in printed.values():
+            assert len(shares) == 2
+            assert all(0 < part <= 100 for part in shares)
+
+    return check
+
+
+@pytest.fixture
 def options(weights: Path) -> tuple[object, ...]:
     """The tiny model, and LR images that lose their texture."""
     return ("--backbone", "timm/test_efficientnet", "--weights", weights, "--lr-size", 12)

@@ -17,11 +17,7 @@ from tests.integrations.hosts import transformers_detectors as tiny
 
 @pytest.mark.filterwarnings("ignore:.* not help")
 def test_what_is_found_before_and_after(
-    figures: Callable[..., dict[str, list[float]]],
-    train_photos: Path,
-    test_photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    check_shares: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.make("Detr")
     torch.nn.init.constant_(model.class_labels_classifier.bias[:1], 99.0)
@@ -29,10 +25,5 @@ def test_what_is_found_before_and_after(
     model.save_pretrained(folder)
     quick = dataclasses.replace(DETECTOR_RECIPE, epochs=1, batch_size=8)
     monkeypatch.setattr("featxfer_integrations.stages.pyramid.DETECTOR_RECIPE", quick)
-    options = ("--detector", folder, "--cache", tmp_path, "--save", tmp_path / "blocks")
-    printed = figures(main, train_photos, test_photos, *options)
-    assert list(printed) == ["LR, before", "LR, after", "HR, after"]
-    for shares in printed.values():
-        assert len(shares) == 2
-        assert all(0 < part <= 100 for part in shares)
+    check_shares(main, "--detector", folder, "--save", tmp_path / "blocks")
     assert len(transfers_of(load_transfers(model, tmp_path / "blocks"))) == 3

@@ -15,7 +15,8 @@ from featxfer import Degradation, fill_stores
 from featxfer.features.forward import bf16_is_fast
 from featxfer.features.store import MappedRows
 from featxfer_integrations import host_of, transfers_of
-from featxfer_integrations.hosts.base import black_image, find_sites
+from featxfer_integrations.hosts.base import find_sites
+from featxfer_integrations.hosts.images import black_image
 from featxfer_integrations.mechanism.attach import attached_sites, host_device
 from featxfer_integrations.mechanism.fingerprint import backbone_at
 from featxfer_integrations.mechanism.shown import ShownAt

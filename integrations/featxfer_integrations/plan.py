@@ -21,7 +21,8 @@ from featxfer.features.backbone import frozen
 from featxfer.features.extract import check_readable, default_cache, write_skipped
 from featxfer.views.images import ImageSource
 from featxfer_integrations.hosts import checked, host_of
-from featxfer_integrations.hosts.base import Host, ProbeError, black_image, find_sites
+from featxfer_integrations.hosts.base import Host, ProbeError, find_sites
+from featxfer_integrations.hosts.images import black_image
 from featxfer_integrations.mechanism.attach import (
     attached_at,
     attached_sites,

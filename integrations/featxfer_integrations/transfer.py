@@ -34,7 +34,8 @@ from featxfer.modules.artifact import check_fit
 from featxfer.modules.base import TransferModule
 from featxfer.modules.hub import find_files
 from featxfer_integrations.hosts import checked, host_of, unwrapped
-from featxfer_integrations.hosts.base import Host, ProbeError, black_image, find_sites
+from featxfer_integrations.hosts.base import Host, ProbeError, find_sites
+from featxfer_integrations.hosts.images import black_image
 from featxfer_integrations.mechanism import attach
 from featxfer_integrations.mechanism.fingerprint import check_weights
 from featxfer_integrations.mechanism.site import AttachError, Site

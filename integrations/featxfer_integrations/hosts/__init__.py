@@ -69,13 +69,7 @@ def unwrapped(model: Any) -> Any:
 
 def checked(model: Any) -> Any:
     """The same; raises `TypeError` or `AttachError` for what no module can be attached to."""
-    model = unwrapped(model)
-    _check(model)
-    return model
-
-
-def _check(host: object) -> None:
-    """Raises `TypeError` or `AttachError` for what no module can be attached to."""
+    host: object = unwrapped(model)
     if not isinstance(host, nn.Module):
         raise TypeError(f"model: got {type(host).__name__}, wanted a torch.nn.Module")
     if isinstance(host, torch.jit.ScriptModule):
@@ -102,6 +96,7 @@ def _check(host: object) -> None:
                 f"model: module {name!r} is peft's {kind.__name__}, which freezes what is "
                 "attached; wanted the model without it (attach first, then train_transfer_only)"
             )
+    return host
 
 
 @cache

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from featxfer import BaseDegradation, Degradation, Preprocessing
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts.batch import Batch, Sampler
+from featxfer_integrations.hosts.images import (
+    INPUT_SIZE,
+    black_image,
+    said_side,
+    said_sides,
+    usual_degradation,
+)
 from featxfer_integrations.mechanism import attach, capture
 from featxfer_integrations.mechanism.shown import Shown
 from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module_site, no_site
-
-INPUT_SIZE = 224
-"""Side of an image where a model does not say its own, in pixels."""
-
-LR_SIZE = 32
-"""Side of the small image by default, pixels; less where the model's own images are no larger."""
 
 
 class ProbeError(AttachError):
@@ -92,7 +93,7 @@ class Host:
         return 0
 
     def sites(self, model: Any, name: str, branch: str = "class") -> list[Site]:
-        """What a name stands for: "head", "blocks", "stage2", or a module.
+        """What a name stands for: "head", "blocks" (of detectors "backbone"), "stage2", a module.
 
         Raises `AttachError` for another name, `ValueError` for a branch that is not "class".
         """
@@ -100,7 +101,7 @@ class Host:
             raise ValueError(f"branch: got {branch!r}, which is for site='boxes' of a detector")
         if name == "head":
             return [self.head(model)]
-        if name == "blocks":
+        if name == "blocks" or (self.detects and name == "backbone"):
             names = self.blocks(model)
             if not names:
                 raise no_site(model, f"site: {type(model).__name__} names no stage of maps")
@@ -180,7 +181,9 @@ class Host:
         raise NotImplementedError
 
     def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
-        """Of the size that the model is made for."""
+        """Of the size that the model is made for; of a host whose images keep theirs the usual."""
+        if self.degradation is not Degradation:
+            return self.degradation()
         size = preprocessing.input_size or self.input_size(model)
         return usual_degradation(size)
 
@@ -233,11 +236,6 @@ def is_of(model: nn.Module, package: str) -> bool:
     return any(cls.__module__.partition(".")[0] == package for cls in type(model).__mro__)
 
 
-def usual_degradation(size: int) -> Degradation:
-    """To `LR_SIZE` and up again; of images that are no larger, to a quarter."""
-    return Degradation(hr_size=size, lr_size=LR_SIZE if size > LR_SIZE else max(1, size // 4))
-
-
 def does_not_run(image: Tensor, error: Exception, so: str) -> ProbeError:
     """The error of a model that does not run on an image, and what follows."""
     shape = " x ".join(map(str, image.shape[1:]))
@@ -245,19 +243,6 @@ def does_not_run(image: Tensor, error: Exception, so: str) -> ProbeError:
         f"model: it does not run on an image of {shape} ({type(error).__name__}: {error}), so "
         f"{so}; a size that it takes is told by its image_size, or by input_size of a host"
     )
-
-
-def input_channels(model: nn.Module) -> int:
-    """Channels of the images that the model takes: what it says, what its first convolution takes.
-
-    Some fold pixels into channels first, so that a multiple of 3 stands for 3; so does no layer.
-    """
-    said = getattr(model, "in_chans", None)
-    if type(said) is int:
-        return said
-    layers = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    channels = next((layer.in_channels for layer in layers), 3)
-    return channels if channels % 3 else 3
 
 
 def input_width(module: nn.Module) -> int | None:
@@ -268,31 +253,6 @@ def input_width(module: nn.Module) -> int | None:
         if isinstance(layer, nn.Conv2d):
             return layer.in_channels
     return None
-
-
-def black_image(model: nn.Module, height: int, width: int) -> Tensor:
-    """An image `(1, c, height, width)` of zeros, on the model's device and in its dtype."""
-    shape = (1, input_channels(model), height, width)
-    return capture.in_dtype(model, torch.zeros(shape, device=attach.host_device(model)))
-
-
-def said_sides(model: nn.Module) -> tuple[int, int] | None:
-    """Height and width of the images that the model, or a part of it, says that it takes."""
-    for module in model.modules():
-        for name in ("image_size", "img_size"):
-            said = getattr(module, name, None)
-            sides = tuple(said) if isinstance(said, list | tuple) else (said, said)
-            if len(sides) == 2 and all(type(side) is int for side in sides):
-                return sides
-    return None
-
-
-def said_side(model: nn.Module) -> int | None:
-    """The one side of `said_sides`; `AttachError` where there are two."""
-    sides = said_sides(model)
-    if sides is not None and sides[0] != sides[1]:
-        raise AttachError(f"model: it takes images of {sides}, wanted square ones")
-    return None if sides is None else sides[0]
 
 
 def classifiers_behind(host: Host, model: Any, site: Site) -> tuple[str, ...]:

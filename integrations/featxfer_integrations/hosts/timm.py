@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featxfer import Preprocessing
 from featxfer_integrations.hosts import base
+from featxfer_integrations.hosts.images import said_side
 from featxfer_integrations.hosts.load import BackboneError
 from featxfer_integrations.hosts.resolutions import block_places
 from featxfer_integrations.mechanism import attach
@@ -45,7 +46,7 @@ class Timm(base.Host):
 
     def input_size(self, model: Any) -> int:
         """The model's own, or that of its weights."""
-        return base.said_side(model) or int(resolve_model_data_config(model)["input_size"][-1])
+        return said_side(model) or int(resolve_model_data_config(model)["input_size"][-1])
 
     def head(self, model: Any) -> Site:
         """Before `get_classifier()` and after `forward_head(pre_logits=True)`.

@@ -12,6 +12,7 @@ from torch import nn
 
 from featxfer import Preprocessing
 from featxfer_integrations.hosts import base
+from featxfer_integrations.hosts.images import INPUT_SIZE, said_side
 from featxfer_integrations.hosts.load import BackboneError
 from featxfer_integrations.hosts.resolutions import block_places, ends, reductions
 from featxfer_integrations.mechanism.site import CHILD, AttachError, Site
@@ -38,7 +39,7 @@ class Torchvision(base.Host):
 
     def input_size(self, model: Any) -> int:
         """The model's own, or that of the one set of weights of so many parameters."""
-        said = base.said_side(model)
+        said = said_side(model)
         if said is not None:
             return said
         count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(f"{CHILD}."))
@@ -54,7 +55,7 @@ class Torchvision(base.Host):
             for weights in torchvision.models.get_model_weights(builder)
             if weights.meta["num_params"] == count
         }
-        return sizes.pop() if len(sizes) == 1 else base.INPUT_SIZE
+        return sizes.pop() if len(sizes) == 1 else INPUT_SIZE
 
     def head(self, model: Any) -> Site:
         """Before the last layer with weights of the last child, or the `Identity` in its stead."""

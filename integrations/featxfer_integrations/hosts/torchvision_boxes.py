@@ -17,9 +17,9 @@ from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 
-from featxfer import Preprocessing, ScaledDegradation
-from featxfer_integrations.hosts.base import Host
+from featxfer import Preprocessing
 from featxfer_integrations.hosts.batch import Batch, Sample, Sampler, half_balanced
+from featxfer_integrations.hosts.pyramids import PyramidHost
 from featxfer_integrations.mechanism.attach import host_parameter, is_attached, transfer_disabled
 from featxfer_integrations.mechanism.capture import captured
 from featxfer_integrations.mechanism.shown import Shown
@@ -32,11 +32,8 @@ TOWERS = {"boxes_class": "classification_head", "boxes_regression": "regression_
 """Modules of detectors without proposals by the beginning of their sites' names."""
 
 
-class DetectorHost(Host):
+class DetectorHost(PyramidHost):
     """How torchvision's detectors are run for what their heads see; a subclass says the sites."""
-
-    degradation = ScaledDegradation
-    detects = True
 
     def batch(self, model: Any, images: Sequence[Tensor], preprocessing: Preprocessing) -> Batch:
         """Images as the detector's own transform gives them to its backbone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,14 +12,13 @@ from torchvision.models.detection.retinanet import RetinaNet
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import FeaturePyramidNetwork
 
-from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
+from featxfer import Preprocessing
 from featxfer.checks import check_choice
 from featxfer.features.backbone import frozen
-from featxfer_integrations.hosts.base import black_image
-from featxfer_integrations.hosts.pyramids import blocks_of, modules_by_reduction
+from featxfer_integrations.hosts.pyramids import run_backbone
 from featxfer_integrations.hosts.torchvision_boxes import TOWERS, DetectorHost
 from featxfer_integrations.mechanism.capture import watched
-from featxfer_integrations.mechanism.site import AttachError, Lens, Site, module_site, no_site
+from featxfer_integrations.mechanism.site import Lens, Site, no_site
 
 BRANCHES = ("class", "both")
 """Of the predictor: what a head at `site="boxes"` acts on."""
@@ -34,6 +32,7 @@ class TorchvisionDetection(DetectorHost):
 
     name = "torchvision detection"
     site = "boxes"
+    left_out = FeaturePyramidNetwork
 
     def owns(self, model: nn.Module) -> bool:
         """Whether it is one of torchvision's four kinds of detectors."""
@@ -48,23 +47,10 @@ class TorchvisionDetection(DetectorHost):
         transform = model.transform
         return Preprocessing(tuple(transform.image_mean), tuple(transform.image_std), None)
 
-    def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
-        """Images keep their sizes."""
-        return ScaledDegradation()
-
     def input_size(self, model: Any) -> int:
         """Side of the images that the backbone is tried on, in pixels."""
         transform = model.transform
         return max(transform.fixed_size) if transform.fixed_size else INPUT_SIZE
-
-    def image(self, model: Any) -> Tensor:
-        """A black image, as the backbone takes it too."""
-        size = self.input_size(model)
-        return black_image(model, size, size)
-
-    def head(self, model: Any) -> Site:
-        """None: a detector has no pooled feature."""
-        raise AttachError(f"model: {type(model).__name__} is a detector and has no pooled feature")
 
     def sites(self, model: Any, name: str, branch: str = "class") -> list[Site]:
         """What "boxes", "backbone", "fpn", one of their sites, a stage or a module stands for.
@@ -85,25 +71,6 @@ class TorchvisionDetection(DetectorHost):
             wanted = "'boxes', 'backbone', 'fpn', one of their sites or the name of a module"
             raise no_site(model, f"site: got {name!r}, wanted {wanted}")
         return found or super().sites(model, name)
-
-    def after(self, model: Any, name: str, kind: str | None = None) -> Site:
-        """After a module; what is in the backbone is found by running that alone."""
-        inside = name.startswith("backbone.")
-        run = run_backbone if inside else None
-        return module_site(model, name, kind=kind, run=run, repeats=not inside)
-
-    def stages(self, model: Any) -> list[str]:
-        """The last module of the backbone of each resolution, from the highest one."""
-        return list(self._modules(model).values())
-
-    def _modules(self, model: Any) -> dict[int, str]:
-        size = self.input_size(model)
-        run = partial(_levels, model)
-        return modules_by_reduction(model, "backbone", run, size, FeaturePyramidNetwork)
-
-    def blocks(self, model: Any) -> list[str]:
-        """The last modules of the backbone that give maps of 1/8, 1/16 and 1/32 of the image."""
-        return blocks_of(model, self._modules(model))
 
     def behind(self, model: Any, site: Site) -> tuple[str, ...]:
         """All but the backbone for what is in it; else the predictors, and heads of other kinds."""
@@ -190,7 +157,8 @@ def _head_site(
 
 def _level_sites(model: nn.Module) -> list[Site]:
     """After the backbone with its pyramid: a place for a block at each level."""
-    output = _try_backbone(model)
+    with frozen(model):
+        output = run_backbone(model, HOST.image(model))
     is_one = isinstance(output, Tensor)
     levels = {(): output} if is_one else {(level,): maps for level, maps in output.items()}
     return [
@@ -207,19 +175,3 @@ def _level_sites(model: nn.Module) -> list[Site]:
         )
         for index, (path, maps) in enumerate(levels.items())
     ]
-
-
-def run_backbone(model: nn.Module, images: Tensor) -> object:
-    """The maps of the pyramid, of images as the backbone takes them."""
-    backbone: Any = model.backbone
-    return backbone(images)
-
-
-def _try_backbone(model: nn.Module) -> Any:
-    with frozen(model):
-        return run_backbone(model, HOST.image(model))
-
-
-def _levels(model: nn.Module) -> list[Tensor]:
-    returned = _try_backbone(model)
-    return [returned] if isinstance(returned, Tensor) else list(returned.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,7 +16,8 @@ from transformers import AutoImageProcessor
 from featxfer import BaseDegradation, Preprocessing
 from featxfer.features.backbone import frozen
 from featxfer_integrations.hosts import base
-from featxfer_integrations.hosts.resolutions import block_places, passed_by, reductions
+from featxfer_integrations.hosts.images import INPUT_SIZE, square_side, usual_degradation
+from featxfer_integrations.hosts.resolutions import block_places, reductions
 from featxfer_integrations.mechanism import capture
 from featxfer_integrations.mechanism.site import AttachError, Lens, Site, no_site
 
@@ -48,17 +50,14 @@ class Transformers(base.Host):
 
     def input_size(self, model: Any) -> int:
         """What the configuration says; 224 where it says none."""
-        sides = _sides(getattr(_config(model), "image_size", None) or base.INPUT_SIZE)
-        if sides[0] != sides[1]:
-            raise AttachError(f"model: it takes images of {sides}, wanted square ones")
-        return sides[0]
+        return square_side(getattr(_config(model), "image_size", None) or INPUT_SIZE)
 
     def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
         """Of the size that the image processor makes; without one, of what `input_size` says."""
         size = self.input_size(model)
         with suppress(AttachError):
             size = preprocessing_of(processor_of(model), size)[1]
-        return base.usual_degradation(size)
+        return usual_degradation(size)
 
     def answers(self, model: Any, batch: Any) -> Any:
         """What the model says of images, of one that reads texts too the images' features."""
@@ -92,10 +91,8 @@ class Transformers(base.Host):
             paths = [("last_hidden_state",)]
         if not paths:
             return [self.head(model)]
-        prefix = self.prefix_tokens(model)
         return [
-            Site(f"shown{i}", ("",), kind="block", lens=Lens(path), prefix=prefix)
-            for i, path in enumerate(paths)
+            Site(f"shown{i}", ("",), kind="block", lens=Lens(path)) for i, path in enumerate(paths)
         ]
 
     def stages(self, model: Any) -> list[str]:
@@ -106,16 +103,19 @@ class Transformers(base.Host):
         """Where `block_places` says."""
         return block_places(self._reductions(model))
 
-    def prefix_tokens(self, model: Any) -> int:
-        """What comes before the patches: class, distillation and register tokens."""
-        config = _config(model)
-        patch = getattr(config, "patch_size", None)
-        names = _layers(model)
-        if not isinstance(patch, int) or not names or hasattr(config, "depths"):
-            return 0
-        tokens = passed_by(self, model, names[:1])[names[0]]
-        grid = (self.input_size(model) // patch) ** 2
-        return max(0, tokens.shape[1] - grid) if tokens.ndim == 3 else 0
+    def measured(self, model: Any, site: Site, image: Tensor | None = None) -> Site:
+        """As `Host.measured`; of a grid of as many tokens as there are patches, where they stay.
+
+        Others, class and register tokens, come before it.
+        """
+        image = self.image(model) if image is None else image
+        found, config = super().measured(model, site, image), _config(model)
+        patch = None if hasattr(config, "depths") else getattr(config, "patch_size", None)
+        if found.layout != "tokens" or found.extent is None or not isinstance(patch, int):
+            return found
+        extent = (image.shape[2] // patch, image.shape[3] // patch)
+        prefix = found.prefix + math.prod(found.extent) - math.prod(extent)
+        return found if prefix < 0 else replace(found, extent=extent, prefix=prefix)
 
     def after(self, model: Any, name: str, kind: str | None = None) -> Site:
         """The site after a module; of a model that reads texts too, in its images' part."""
@@ -189,10 +189,6 @@ def _rounded(values: Tensor) -> tuple[float, float, float]:
 def _config(model: Any) -> Any:
     """What is said of images: by the configuration, or by its part for them."""
     return getattr(model.config, "vision_config", model.config)
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _reads_texts(model: Any) -> bool:

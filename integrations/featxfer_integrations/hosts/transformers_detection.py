@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,16 +18,15 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
-from featxfer.features.backbone import frozen
-from featxfer_integrations.hosts.base import Host, black_image, input_channels
+from featxfer import Preprocessing
 from featxfer_integrations.hosts.batch import Batch
-from featxfer_integrations.hosts.pyramids import blocks_of, modules_by_reduction
+from featxfer_integrations.hosts.images import input_channels
+from featxfer_integrations.hosts.pyramids import PyramidHost
 from featxfer_integrations.hosts.transformers import preprocessing_of, processor_of
 from featxfer_integrations.mechanism.attach import host_device
 from featxfer_integrations.mechanism.capture import in_dtype
 from featxfer_integrations.mechanism.shown import Shown
-from featxfer_integrations.mechanism.site import AttachError, Site, module_site
+from featxfer_integrations.mechanism.site import AttachError, Site
 
 BACKBONES = ("backbone", "conv_encoder")
 """Last part of the name of the module that makes maps of images."""
@@ -45,110 +43,6 @@ class Processed(Preprocessing):
     """With all that the image processor does, as JSON: sizes are told by nothing else."""
 
     processor: str = ""
-
-
-class TransformersDetection(Host):
-    """Models whose configuration transformers maps to an object detector, with a backbone."""
-
-    name = "transformers detection"
-    tested = "transformers 5."
-    site = "backbone"
-    degradation = ScaledDegradation
-    detects = True
-
-    def owns(self, model: nn.Module) -> bool:
-        """Whether its configuration is a detector's, and a part of it makes maps of images."""
-        return (
-            isinstance(model, PreTrainedModel)
-            and type(model.config) in MODEL_FOR_OBJECT_DETECTION_MAPPING
-            and bool(backbone_path(model))
-        )
-
-    def model_name(self, model: Any) -> str:
-        """The model's class."""
-        return f"transformers/{type(model).__name__}"
-
-    def preprocessing(self, model: Any) -> Preprocessing:
-        """Of the image processor saved beside the model; `AttachError` without, or not of RGB."""
-        processor, channels = processor_of(model), input_channels(model)
-        if channels != 3:
-            raise AttachError(f"model: it takes images of {channels} channels, wanted 3")
-        done, _ = preprocessing_of(processor, INPUT_SIZE)
-        return Processed(**asdict(done), processor=processor.to_json_string())
-
-    def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
-        """Images keep their sizes."""
-        return ScaledDegradation()
-
-    def input_size(self, model: Any) -> int:
-        """Side of the images that the model is tried on, in pixels."""
-        said = getattr(getattr(model.config, "backbone_config", None), "image_size", None)
-        return said if isinstance(said, int) else INPUT_SIZE
-
-    def image(self, model: Any) -> Tensor:
-        """A black image."""
-        size = self.input_size(model)
-        return black_image(model, size, size)
-
-    def head(self, model: Any) -> Site:
-        """None: a detector has no pooled feature."""
-        raise AttachError(f"model: {type(model).__name__} is a detector and has no pooled feature")
-
-    def sites(self, model: Any, name: str, branch: str = "class") -> list[Site]:
-        """What "backbone" (or "blocks"), a stage or a module stands for; errors as `Host.sites`."""
-        return super().sites(model, "blocks" if name == "backbone" else name, branch)
-
-    def after(self, model: Any, name: str, kind: str | None = None) -> Site:
-        """After a module; what is in the backbone is found by running that alone."""
-        inside = name.startswith(f"{backbone_path(model)}.")
-        run = run_backbone if inside else None
-        return module_site(model, name, kind=kind, run=run, repeats=not inside)
-
-    def stages(self, model: Any) -> list[str]:
-        """The last module of the backbone of each resolution, from the highest one."""
-        return list(self._modules(model).values())
-
-    def blocks(self, model: Any) -> list[str]:
-        """The last modules of the backbone that give maps of 1/8, 1/16 and 1/32 of the image."""
-        return blocks_of(model, self._modules(model))
-
-    def _modules(self, model: Any) -> dict[int, str]:
-        run, path = partial(run_backbone, model, self.image(model)), backbone_path(model)
-        with frozen(model):
-            return modules_by_reduction(model, path, run, self.input_size(model))
-
-    def behind(self, model: Any, site: Site) -> tuple[str, ...]:
-        """All but the backbone for what is in it."""
-        path = f"{backbone_path(model)}."
-        if not all(name.startswith(path) for name in site.modules):
-            return super().behind(model, site)
-        parents = {"", *(path[:end] for end, sign in enumerate(path) if sign == ".")}
-        names = (name for name, _ in model.named_modules() if name and name not in parents)
-        beside = (name for name in names if name.rpartition(".")[0] in parents)
-        return tuple(name for name in beside if not name.startswith(path))
-
-    def answers(self, model: Any, batch: Any) -> Any:
-        """Logits and boxes of all queries; `batch` is pixels, or what a processor gives."""
-        return model(**batch) if isinstance(batch, Mapping) else model(batch)
-
-    def batch(self, model: Any, images: Sequence[Tensor], preprocessing: Preprocessing) -> Batch:
-        """Images as the processor resizes and pads them; the backbone looks at no mask."""
-        given = processor_of(model)(images=list(images), return_tensors="pt")
-        return Batch(in_dtype(model, given["pixel_values"].to(host_device(model))))
-
-    def show(self, model: Any, batch: Batch) -> Shown:
-        """The maps that enter the encoder."""
-        levels = run_backbone(model, batch.images)
-        around = model.get_submodule(backbone_path(model).rpartition(".")[0])
-        projection = next((p for n, p in around.named_children() if n in PROJECTIONS), None)
-        if projection is not None:  # of the last levels, or with others besides, made of the last
-            layers = projection if isinstance(projection, nn.ModuleList) else [projection]
-            own = zip(layers, levels[-len(layers) :], strict=False)
-            levels = [layer(level) for layer, level in own]
-        return Shown({str(i): level.float() for i, level in enumerate(levels)}, {})
-
-
-HOST = TransformersDetection()
 
 
 def backbone_path(model: Any) -> str:
@@ -182,3 +76,73 @@ def _maps(found: Any) -> list[Tensor]:
         found = [found.last_hidden_state]
     levels = found[:1] if isinstance(found, tuple) else found
     return [maps for level in levels for maps in _maps(level)]
+
+
+class TransformersDetection(PyramidHost):
+    """Models whose configuration transformers maps to an object detector, with a backbone."""
+
+    name = "transformers detection"
+    tested = "transformers 5."
+    run_backbone = staticmethod(run_backbone)
+
+    def owns(self, model: nn.Module) -> bool:
+        """Whether its configuration is a detector's, and a part of it makes maps of images."""
+        return (
+            isinstance(model, PreTrainedModel)
+            and type(model.config) in MODEL_FOR_OBJECT_DETECTION_MAPPING
+            and bool(backbone_path(model))
+        )
+
+    def backbone(self, model: Any) -> str:
+        """See `backbone_path`."""
+        return backbone_path(model)
+
+    def model_name(self, model: Any) -> str:
+        """The model's class."""
+        return f"transformers/{type(model).__name__}"
+
+    def preprocessing(self, model: Any) -> Preprocessing:
+        """Of the image processor saved beside the model; `AttachError` without, or not of RGB."""
+        processor, channels = processor_of(model), input_channels(model)
+        if channels != 3:
+            raise AttachError(f"model: it takes images of {channels} channels, wanted 3")
+        done, _ = preprocessing_of(processor, INPUT_SIZE)
+        return Processed(**asdict(done), processor=processor.to_json_string())
+
+    def input_size(self, model: Any) -> int:
+        """Side of the images that the model is tried on, in pixels."""
+        said = getattr(getattr(model.config, "backbone_config", None), "image_size", None)
+        return said if isinstance(said, int) else INPUT_SIZE
+
+    def behind(self, model: Any, site: Site) -> tuple[str, ...]:
+        """All but the backbone for what is in it."""
+        path = f"{self.backbone(model)}."
+        if not all(name.startswith(path) for name in site.modules):
+            return super().behind(model, site)
+        parents = {"", *(path[:end] for end, sign in enumerate(path) if sign == ".")}
+        names = (name for name, _ in model.named_modules() if name and name not in parents)
+        beside = (name for name in names if name.rpartition(".")[0] in parents)
+        return tuple(name for name in beside if not name.startswith(path))
+
+    def answers(self, model: Any, batch: Any) -> Any:
+        """Logits and boxes of all queries; `batch` is pixels, or what a processor gives."""
+        return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+    def batch(self, model: Any, images: Sequence[Tensor], preprocessing: Preprocessing) -> Batch:
+        """Images as the processor resizes and pads them; the backbone looks at no mask."""
+        given = processor_of(model)(images=list(images), return_tensors="pt")
+        return Batch(in_dtype(model, given["pixel_values"].to(host_device(model))))
+
+    def show(self, model: Any, batch: Batch) -> Shown:
+        """The maps that enter the encoder."""
+        levels = run_backbone(model, batch.images)
+        around = model.get_submodule(backbone_path(model).rpartition(".")[0])
+        projection = next((p for n, p in around.named_children() if n in PROJECTIONS), None)
+        if projection is not None:  # of the last levels, or with others besides, made of the last
+            layers = projection if isinstance(projection, nn.ModuleList) else [projection]
+            own = zip(layers, levels[-len(layers) :], strict=False)
+            levels = [layer(level) for layer, level in own]
+        return Shown({str(i): level.float() for i, level in enumerate(levels)}, {})
+
+
+HOST = TransformersDetection()

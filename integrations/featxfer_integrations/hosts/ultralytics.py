@@ -20,9 +20,11 @@ from ultralytics.data.augment import LetterBox
 from ultralytics.engine.model import Model
 from ultralytics.nn.tasks import BaseModel, ClassificationModel, DepthModel, RTDETRDetectionModel
 
-from featxfer import BaseDegradation, Preprocessing, ScaledDegradation
-from featxfer_integrations.hosts.base import Host, black_image
+from featxfer import Preprocessing, ScaledDegradation
+from featxfer_integrations.hosts.base import Host
 from featxfer_integrations.hosts.batch import Batch
+from featxfer_integrations.hosts.images import black_image
+from featxfer_integrations.hosts.pyramids import REDUCTIONS
 from featxfer_integrations.hosts.resolutions import ends, reductions
 from featxfer_integrations.mechanism.attach import host_device, is_attached
 from featxfer_integrations.mechanism.capture import in_dtype, watched
@@ -43,7 +45,7 @@ class Ultralytics(Host):
     usual_size = 640
     """Side of images, pixels, where a model does not keep its arguments."""
 
-    reductions: tuple[int, ...] = (8, 16, 32)
+    reductions: tuple[int, ...] = REDUCTIONS
     """Blocks go where the backbone's last maps of so many times less than the image's size end."""
 
     def unwrapped(self, model: Any) -> nn.Module:
@@ -125,14 +127,6 @@ class UltralyticsDetection(Ultralytics):
         if channels not in (1, 3):
             raise AttachError(f"model: it takes images of {channels} channels, wanted 1 or 3")
         return super().preprocessing(model)
-
-    def own_degradation(self, model: Any, preprocessing: Preprocessing) -> BaseDegradation:
-        """Images keep their sizes."""
-        return ScaledDegradation()
-
-    def sites(self, model: Any, name: str, branch: str = "class") -> list[Site]:
-        """What "backbone" or "blocks", a stage or a module stands for."""
-        return super().sites(model, "blocks" if name == "backbone" else name, branch)
 
     def after(self, model: Any, name: str, kind: str | None = None) -> Site:
         """After a module, always a block; what is before the head is found without running that."""

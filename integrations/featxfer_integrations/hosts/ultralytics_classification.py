@@ -9,6 +9,7 @@ from ultralytics.nn.modules import Classify
 from ultralytics.nn.tasks import ClassificationModel
 
 from featxfer_integrations.hosts import base
+from featxfer_integrations.hosts.images import INPUT_SIZE
 from featxfer_integrations.hosts.resolutions import REDUCTIONS
 from featxfer_integrations.hosts.ultralytics import Ultralytics
 from featxfer_integrations.mechanism.site import AttachError, Site
@@ -20,7 +21,7 @@ class UltralyticsClassification(Ultralytics):
     name = "ultralytics classification"
     behind = base.classifiers_behind
     reductions = REDUCTIONS
-    usual_size = base.INPUT_SIZE
+    usual_size = INPUT_SIZE
 
     def owns(self, model: nn.Module) -> bool:
         """Whether it is one of them."""

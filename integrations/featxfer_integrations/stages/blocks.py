@@ -22,7 +22,8 @@ from featxfer.features.backbone import frozen
 from featxfer.modules.base import TransferModule
 from featxfer.training.objectives import make_objective
 from featxfer.training.pseudo_labels import LabelDiagnostics
-from featxfer_integrations.hosts.base import Host, ProbeError, black_image
+from featxfer_integrations.hosts.base import Host, ProbeError
+from featxfer_integrations.hosts.images import black_image
 from featxfer_integrations.mechanism.attach import host_device, transfer_disabled
 from featxfer_integrations.mechanism.capture import run_host
 from featxfer_integrations.mechanism.shown import Shown, ShownDistance

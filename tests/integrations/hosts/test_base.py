@@ -16,7 +16,7 @@ from featxfer_integrations import (
     attach_transfer,
     host_of,
 )
-from featxfer_integrations.hosts.base import usual_degradation
+from featxfer_integrations.hosts.images import usual_degradation
 from tests.integrations.models import make_branched
 
 

@@ -24,7 +24,7 @@ from featxfer_integrations import (
     save_transfers,
     transfers_of,
 )
-from featxfer_integrations.hosts.base import said_sides
+from featxfer_integrations.hosts.images import said_sides
 from featxfer_integrations.mechanism.fingerprint import backbone_sha256, weights_details
 from tests.integrations.fitting import QUICK
 from tests.integrations.hosts.fitted_contract import Case, check_attached, check_fitted
